@@ -1,0 +1,4 @@
+"""One module per catalogue entry: `from methods import tome`. Underscored packages are shared machinery."""
+from methods._zoo import tiny
+
+__all__ = ["tiny"]
