@@ -1,0 +1,212 @@
+"""What a method may know about a denoiser. One row per model class; no other file names a model.
+
+`describe(model)` lists the transformer blocks in execution order with handles on their parts, and says how the latent
+becomes a token grid. A method picks blocks by what they have (self-attention, rotary positions, level), never by class.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusers import (
+    CogVideoXTransformer3DModel,
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    LatteTransformer3DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A residual branch of a block: `module` returns its output before the gate; `feeds` run only to feed it."""
+
+    name: str
+    module: nn.Module
+    feeds: tuple[nn.Module, ...] = ()
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block.
+
+    `level` is the downsampling level in a UNet and 0 elsewhere; `index` counts the blocks in execution order. `attn` is the
+    self-attention and `norm` the module before it, whose first argument is the block's input. `stream` says what it is called with: "image" -> attn(x, ...) gives x; "joint" ->
+    attn(hidden_states=x, encoder_hidden_states=text, ...) gives (x, text); "fused" -> attn(hidden_states=[text, x]) in one
+    sequence. `rotary`: positions enter inside the attention. `temporal`: tokens are the frames at one place.
+    """
+
+    module: nn.Module
+    index: int
+    level: int
+    norm: nn.Module
+    attn: nn.Module
+    cross: nn.Module | None
+    ff: nn.Module | None
+    stream: str
+    branches: tuple[Branch, ...]
+    rotary: bool = False
+    temporal: bool = False
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A described model. `grid(inputs, block)` -> (frames, height, width) of the block's image tokens for these forward inputs."""
+
+    family: str
+    model: nn.Module
+    blocks: tuple[Block, ...]
+    grid: Callable[[dict[str, Any], Block], tuple[int, int, int]]
+    block_classes: tuple[type, ...]                # compiled one by one
+    cond_first: bool = False                       # order of the guidance halves in a batch
+    timestep_scale: float = 1.0                    # scheduler timestep / timestep given to the model
+    unet: tuple[Stage, ...] = field(default=())    # the stages of a UNet in execution order
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One block of a UNet: `side` is "down", "mid" or "up", `number` counts from the full-resolution end, `layers` are its
+    (resnet, attention or None) pairs in execution order, `sampler` the down- or upsampler that follows them."""
+
+    module: nn.Module
+    side: str
+    number: int
+    layers: tuple[tuple[nn.Module, nn.Module | None], ...]
+    sampler: nn.Module | None
+
+
+def _basic(module: nn.Module, index: int, level: int = 0, temporal: bool = False) -> Block:
+    branches = [Branch("attn", module.attn1)]
+    if module.attn2 is not None:
+        branches.append(Branch("cross", module.attn2))
+    branches.append(Branch("ff", module.ff))
+    return Block(module, index, level, module.norm1, module.attn1, module.attn2, module.ff, "image", tuple(branches), temporal=temporal)
+
+
+def _patch_grid(model: nn.Module) -> Callable:
+    p = model.config.patch_size
+
+    def grid(inputs: dict, block: Block) -> tuple[int, int, int]:
+        *_, height, width = inputs["hidden_states"].shape
+        return 1, height // p, width // p
+    return grid
+
+
+def _stages(model: UNet2DConditionModel) -> Iterator[Stage]:
+    def stage(module, side, number, samplers):
+        attentions = getattr(module, "attentions", None) or [None] * len(module.resnets)
+        sampler = samplers[0] if samplers else None
+        return Stage(module, side, number, tuple(zip(module.resnets, attentions, strict=False)), sampler)
+
+    for number, module in enumerate(model.down_blocks):
+        yield stage(module, "down", number, module.downsamplers)
+    if model.mid_block is not None:
+        yield stage(model.mid_block, "mid", len(model.down_blocks), None)
+    for number, module in zip(reversed(range(len(model.up_blocks))), model.up_blocks, strict=True):
+        yield stage(module, "up", number, module.upsamplers)
+
+
+def _unet(model: UNet2DConditionModel) -> Denoiser:
+    stages = tuple(_stages(model))
+    blocks, last = [], len(model.down_blocks) - 1
+    for stage in stages:
+        level = min(stage.number, last)              # the middle block runs at the resolution of the last down block
+        for attention in getattr(stage.module, "attentions", None) or ():
+            blocks += [_basic(module, len(blocks) + i, level) for i, module in enumerate(attention.transformer_blocks)]
+
+    def grid(inputs: dict, block: Block) -> tuple[int, int, int]:
+        *_, height, width = inputs["sample"].shape
+        return 1, math.ceil(height / 2 ** block.level), math.ceil(width / 2 ** block.level)
+
+    classes = tuple({type(block.module) for block in blocks})
+    return Denoiser("unet", model, tuple(blocks), grid, classes, unet=stages)
+
+
+def _transformer(family: str, cond_first: bool = False) -> Callable[[nn.Module], Denoiser]:
+    def row(model: nn.Module) -> Denoiser:
+        blocks = tuple(_basic(module, i) for i, module in enumerate(model.transformer_blocks))
+        return Denoiser(family, model, blocks, _patch_grid(model), (type(blocks[0].module),), cond_first)
+    return row
+
+
+def _latte(model: LatteTransformer3DModel) -> Denoiser:
+    pairs = zip(model.transformer_blocks, model.temporal_transformer_blocks, strict=True)
+    modules = [(module, side == 1) for pair in pairs for side, module in enumerate(pair)]
+    blocks = tuple(_basic(module, i, temporal=temporal) for i, (module, temporal) in enumerate(modules))
+    spatial = _patch_grid(model)
+
+    def grid(inputs: dict, block: Block) -> tuple[int, int, int]:
+        return (inputs["hidden_states"].shape[2], 1, 1) if block.temporal else spatial(inputs, block)
+
+    return Denoiser("latte", model, blocks, grid, (type(blocks[0].module),))
+
+
+def _sd3(model: SD3Transformer2DModel) -> Denoiser:
+    blocks = []
+    for i, module in enumerate(model.transformer_blocks):
+        branches = [Branch("attn", module.attn), Branch("attn2", module.attn2), Branch("ff", module.ff),
+                    Branch("ff_context", module.ff_context)]
+        blocks.append(Block(module, i, 0, module.norm1, module.attn, None, module.ff, "joint",
+                            tuple(branch for branch in branches if branch.module is not None)))
+    return Denoiser("sd3", model, tuple(blocks), _patch_grid(model), (type(blocks[0].module),))
+
+
+def _flux(model: FluxTransformer2DModel) -> Denoiser:
+    blocks = []
+    for module in model.transformer_blocks:
+        branches = (Branch("attn", module.attn), Branch("ff", module.ff), Branch("ff_context", module.ff_context))
+        blocks.append(Block(module, len(blocks), 0, module.norm1, module.attn, None, module.ff, "joint",
+                            branches, rotary=True))
+    for module in model.single_transformer_blocks:
+        branch = Branch("total", module.proj_out, feeds=(module.attn, module.proj_mlp))
+        blocks.append(Block(module, len(blocks), 0, module.norm, module.attn, None, None, "fused", (branch,), rotary=True))
+
+    def grid(inputs: dict, block: Block) -> tuple[int, int, int]:
+        ids = inputs["img_ids"]                                  # (N, 3): frame, row, column of each packed token
+        height, width = (int(axis.max() - axis.min()) + 1 for axis in ids.reshape(-1, 3)[:, 1:].unbind(-1))
+        return ids.reshape(-1, 3).shape[0] // (height * width), height, width
+
+    classes = tuple(dict.fromkeys(type(block.module) for block in blocks))
+    return Denoiser("flux", model, tuple(blocks), grid, classes, timestep_scale=1000.0)
+
+
+def _cogvideox(model: CogVideoXTransformer3DModel) -> Denoiser:
+    blocks = tuple(Block(module, i, 0, module.norm1, module.attn1, None, module.ff, "joint",
+                         (Branch("attn", module.attn1), Branch("ff", module.ff)), rotary=True)
+                   for i, module in enumerate(model.transformer_blocks))
+    p = model.config.patch_size
+
+    def grid(inputs: dict, block: Block) -> tuple[int, int, int]:
+        _, frames, _, height, width = inputs["hidden_states"].shape
+        return frames // (model.config.patch_size_t or 1), height // p, width // p
+
+    return Denoiser("cogvideox", model, blocks, grid, (type(blocks[0].module),))
+
+
+ROWS: dict[type, Callable[[Any], Denoiser]] = {
+    UNet2DConditionModel: _unet,
+    DiTTransformer2DModel: _transformer("dit", cond_first=True),
+    PixArtTransformer2DModel: _transformer("pixart"),
+    SD3Transformer2DModel: _sd3,
+    FluxTransformer2DModel: _flux,
+    LatteTransformer3DModel: _latte,
+    CogVideoXTransformer3DModel: _cogvideox,
+}
+
+
+def describe(model: nn.Module) -> Denoiser:
+    """The row of a model's class, filled in for this model.
+
+    Raises:
+        TypeError: no row for this class.
+    """
+    for cls, row in ROWS.items():
+        if isinstance(model, cls):
+            return row(model)
+    known = ", ".join(cls.__name__ for cls in ROWS)
+    raise TypeError(f"{type(model).__name__} is not a denoiser this library knows; it knows {known}")
