@@ -1,0 +1,122 @@
+"""ToDo - Token Downsampling for Efficient Generation of High-Resolution Images
+
+Ethan Smith, Nayan Saxena, Aninda Saha, IJCAI 2024. arXiv:2402.13573. Code: ethansmith2000/ImprovedTokenMerge
+
+Idea: in self-attention every token still asks (all queries are kept), but keys and values are read from a regular
+sub-grid only. Neighbours are alike, so a fixed grid does what matching does, without computing any similarity, and the
+output already has all N tokens.
+
+Map
+    Sec. 3  nearest-neighbour sub-grid of factor s           subgrid
+    Sec. 3  keys and values from the sub-grid, before their projections   apply
+
+Departures
+    Layers are chosen by downsampling level; the official code goes by channel width and so never touches SDXL.
+    The paper's setting is the default (nearest, all steps, level 2 off); the library default of the official code
+    (nearest-exact, similarity merging in the last 20 % of steps) is `method="nearest-exact"` without the second phase.
+    Grids that the factor does not divide keep their true height and width; the official code fails there.
+    SD3 drops keys and values of the image tokens only, text stays whole; the projections themselves are wrapped there, so
+    adapters must be loaded before the patch.
+
+Example
+    >>> import methods
+    >>> from methods import todo
+    >>> pipe = methods.tiny("dit")
+    >>> with todo.apply(pipe, todo.Config(factor=2)) as patch:
+    ...     images = pipe([3], num_inference_steps=2, output_type="np").images
+    >>> patch.report()["state"]
+    'engaged'
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from methods._core.context import StepContext
+from methods._core.denoiser import describe
+from methods._core.patch import TOKENS, Patch
+
+__all__ = ["OFF", "Config", "apply", "subgrid"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    factor: int = 2             # s at full resolution: 2 at 1024 px, 3 at 1536, 4 at 2048, Sec. 4
+    factor_level_2: int = 1     # s where the grid is half as fine; 1 leaves it alone
+    method: str = "nearest"     # which row of each s the sub-grid takes: "nearest" the first, "nearest-exact" the middle
+
+    def __post_init__(self):
+        for name in ("factor", "factor_level_2"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.method not in ("nearest", "nearest-exact"):
+            raise ValueError(f"method={self.method!r} must be 'nearest' or 'nearest-exact'")
+
+
+OFF = Config(factor=1)
+
+
+def subgrid(frames: int, height: int, width: int, factor: int, method: str = "nearest") -> Tensor:
+    """Sec. 3: positions of the nearest-neighbour downsampling by `factor` of each frame. -> (frames * (h // s) * (w // s),)
+
+    A side of n is cut to m = n // s places; place j reads floor(j n / m), or floor((j + 1/2) n / m) when exact.
+    """
+    shift = 0.5 if method == "nearest-exact" else 0.0
+
+    def pick(n: int) -> Tensor:
+        m = max(1, n // factor)
+        return ((torch.arange(m) + shift) * (n / m)).long()
+
+    frame = torch.arange(frames)[:, None, None] * height * width
+    return (frame + pick(height)[:, None] * width + pick(width)).flatten()
+
+
+class _Downsample:
+    """Hands one self-attention, or one key or value projection, the rows of `index` only. The host sets `index`."""
+
+    def __init__(self):
+        self.index: Tensor | None = None
+
+    def image(self, forward, x: Tensor, encoder_hidden_states: Tensor | None = None, **kwargs) -> Tensor:
+        return forward(x, encoder_hidden_states=x[:, self.index], **kwargs)
+
+    def projection(self, forward, x: Tensor) -> Tensor:
+        return forward(x[:, self.index])
+
+
+def apply(target: Any, config: Config = Config()) -> Patch:
+    """Downsample keys and values in the self-attention of the first two levels.
+
+    Raises:
+        ValueError: no self-attention at those levels, or the model turns keys by position inside the attention.
+    """
+    patch = Patch(target, "todo", depth=TOKENS)
+    factors = {level: s for level, s in enumerate((config.factor, config.factor_level_2)) if s > 1}
+    if not factors:
+        return patch
+    denoiser = describe(patch.model)
+    blocks = patch.require((b for b in denoiser.blocks if b.level in factors and not b.temporal and not b.rotary),
+                           "self-attention without rotary positions at the chosen levels")
+    wired = []
+    for block in blocks:
+        wired.append((block, _Downsample()))
+        if block.stream == "image":
+            patch.around(block.attn, wired[-1][1].image)
+        else:
+            for projection in (block.attn.to_k, block.attn.to_v):
+                patch.around(projection, wired[-1][1].projection)
+
+    def choose(context: StepContext) -> None:
+        grids: dict = {}
+        for block, downsample in wired:
+            key = *denoiser.grid(context.inputs, block), factors[block.level]
+            if key not in grids:
+                grids[key] = subgrid(*key, config.method).to(context.sample.device)
+            downsample.index = grids[key]
+        patch.counts["downsampled"] += len(wired)
+
+    patch.each_call(choose)
+    return patch

@@ -1,0 +1,162 @@
+"""ToMe - Token Merging for Fast Stable Diffusion
+
+Daniel Bolya, Judy Hoffman, CVPRW 2023. arXiv:2303.17604. Code: dbolya/tomesd
+
+Idea: neighbouring image tokens are nearly alike. Before each self-attention the r most redundant ones are averaged into
+their best match among a sparse set of destinations; attention runs on N - r tokens; its output is copied back to all N
+places, so the residual stream keeps full resolution.
+
+Map
+    Sec. 3    one random destination in each cell           destinations
+    Sec. 3    match sources, merge by the mean, unmerge     methods._core.tokens.match_plan
+    Sec. 4.2  around self-attention, matched on the block's input   apply
+    Table 2   r = ratio * N, at most N - destinations       reduction
+
+Departures
+    Destinations come from `seed` and the step, afresh in every run; the official generator is forked once and drifts.
+    Where a model calls its two guidance branches apart, both share the destinations of the step.
+    SD3 merges the image tokens of the joint attention. Flux and CogVideoX turn queries and keys by position inside the
+    attention: there one plan serves the whole batch, and a merged token is turned to the place of its destination.
+    Only self-attention is wrapped: the official switches for cross-attention and MLP, off by default, are left out.
+
+Example
+    >>> import methods
+    >>> from methods import tome
+    >>> pipe = methods.tiny("dit")
+    >>> with tome.apply(pipe, tome.Config(ratio=0.5)) as patch:
+    ...     images = pipe([3], num_inference_steps=2, output_type="np").images
+    >>> images.shape
+    (1, 32, 32, 1)
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from methods._core.context import StepContext
+from methods._core.denoiser import Block, describe
+from methods._core.patch import TOKENS, Patch
+from methods._core.tokens import match_plan
+
+__all__ = ["OFF", "Config", "apply", "destinations", "reduction"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    ratio: float = 0.5            # r / N, Table 2; capped at 1 - 1 / stride^2
+    stride: int = 2               # side of a destination cell, Sec. 3
+    max_downsample: int = 1       # merge where the grid is at most this many times coarser than the latent, Sec. 4.2
+    random: bool = True           # a random destination in each cell, else its top-left corner
+    seed: int = 0                 # of the random destinations
+
+    def __post_init__(self):
+        if not 0 <= self.ratio <= 1:
+            raise ValueError(f"ratio={self.ratio} outside [0, 1]")
+        if self.stride < 1:
+            raise ValueError(f"stride={self.stride} must be at least 1")
+        if self.max_downsample not in (1, 2, 4, 8):
+            raise ValueError(f"max_downsample={self.max_downsample} must be 1, 2, 4 or 8")
+
+
+OFF = Config(ratio=0.0)
+
+
+def destinations(frames: int, height: int, width: int, stride: int, random: torch.Generator | None) -> Tensor:
+    """Sec. 3: one position in each full stride x stride cell of each frame, random or (None) the top-left one. -> (D,)"""
+    rows, cols = height // stride, width // stride
+    pick = torch.zeros(frames, rows, cols, dtype=torch.long)
+    if random is not None:
+        pick = torch.randint(stride * stride, pick.shape, generator=random)
+    frame = torch.arange(frames)[:, None, None] * height * width
+    y = torch.arange(rows)[:, None] * stride + pick // stride
+    x = torch.arange(cols) * stride + pick % stride
+    return (frame + y * width + x).flatten()
+
+
+def reduction(tokens: int, dst: int, ratio: float) -> int:
+    """Table 2: how many of `tokens` are merged away when `dst` of them are destinations."""
+    return min(int(tokens * ratio), tokens - dst)
+
+
+class _Merge:
+    """Plans on the input of one block, merges before its self-attention and copies back after it.
+
+    The host fills in `src`, `dst` and `r` before each call of the denoiser.
+    """
+
+    def __init__(self, block: Block):
+        self.block = block
+        self.src = self.dst = self.plan = None
+        self.r = 0
+
+    def observe(self, forward, x: Tensor, *args, **kwargs):
+        """Around the norm: x is the block's input, (B, N, C), text first in a fused sequence."""
+        self.plan = match_plan(x[:, x.shape[1] - self.tokens:], self.src, self.dst, self.r, shared=self.block.rotary)
+        return forward(x, *args, **kwargs)
+
+    def image(self, forward, x: Tensor, *args, **kwargs) -> Tensor:
+        return self.plan.restore(forward(self.plan.reduce(x), *args, **kwargs))
+
+    def joint(self, forward, hidden_states: Tensor, encoder_hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+        kwargs = self.turn(kwargs, encoder_hidden_states.shape[1])
+        image, text = forward(hidden_states=self.plan.reduce(hidden_states), encoder_hidden_states=encoder_hidden_states,
+                              **kwargs)
+        return self.plan.restore(image), text
+
+    def fused(self, forward, hidden_states: Tensor, **kwargs) -> Tensor:
+        words = hidden_states.shape[1] - self.tokens
+        short = torch.cat([hidden_states[:, :words], self.plan.reduce(hidden_states[:, words:])], 1)
+        out = forward(hidden_states=short, **self.turn(kwargs, words))
+        return torch.cat([out[:, :words], self.plan.restore(out[:, words:])], 1)
+
+    @property
+    def tokens(self) -> int:
+        return self.src.shape[0] + self.dst.shape[0]
+
+    def turn(self, kwargs: dict[str, Any], words: int) -> dict[str, Any]:
+        """Gather the rotary embedding, cosine and sine of (words + tokens, D) or (tokens, D), along with the tokens."""
+        rotary = kwargs.get("image_rotary_emb")
+        if rotary is None:
+            return kwargs
+        owner = self.plan.owner[0]
+        if rotary[0].shape[0] > self.tokens:
+            owner = torch.cat([torch.arange(words, device=owner.device), words + owner])
+        return {**kwargs, "image_rotary_emb": tuple(part[owner.to(part.device)] for part in rotary)}
+
+
+def apply(target: Any, config: Config = Config()) -> Patch:
+    """Merge around the self-attention of every block whose grid is at most `config.max_downsample` times coarser.
+
+    Args:
+        target: a diffusers pipeline, or its UNet or transformer.
+
+    Raises:
+        ValueError: no such block (SDXL has none at full resolution: use `max_downsample=2`); or already applied.
+    """
+    patch = Patch(target, "tome", depth=TOKENS)
+    if config.ratio == 0:
+        return patch
+    denoiser = describe(patch.model)
+    blocks = patch.require((b for b in denoiser.blocks if 2 ** b.level <= config.max_downsample and not b.temporal),
+                           f"self-attention at a downsampling of {config.max_downsample} or less")
+    merges = [_Merge(block) for block in blocks]
+    for merge in merges:
+        patch.around(merge.block.norm, merge.observe)
+        patch.around(merge.block.attn, getattr(merge, merge.block.stream))
+
+    def draw(context: StepContext) -> None:
+        random = torch.Generator().manual_seed(config.seed * 1_000_003 + context.i) if config.random else None
+        for merge in merges:
+            frames, height, width = denoiser.grid(context.inputs, merge.block)
+            dst = destinations(frames, height, width, config.stride, random)
+            free = torch.ones(frames * height * width, dtype=torch.bool).index_fill_(0, dst, False)
+            merge.r = reduction(len(free), len(dst), config.ratio)
+            device = context.sample.device
+            merge.src, merge.dst = free.nonzero().squeeze(1).to(device), dst.to(device)
+        patch.counts["merged"] += len(merges)
+
+    patch.each_call(draw)
+    return patch
