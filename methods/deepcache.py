@@ -169,6 +169,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
                 full.update(nonuniform_steps(context.steps, config.interval, config.center, config.power))
             due = context.i in full
         shallow = not (due or context.fresh)
+        patch.skipping = shallow
         for skip in skips:
             skip.shallow = shallow
         patch.counts["skipped" if shallow else "computed"] += len(skips)

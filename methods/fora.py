@@ -112,6 +112,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
 
     def decide(context: StepContext) -> None:
         reuse = not (context.fresh or computes(context.i, context.steps, config.interval, config.count_from))
+        patch.skipping = reuse
         for each in reuses:
             each.reuse = reuse
         patch.counts["reused" if reuse else "computed"] += len(reuses)

@@ -116,7 +116,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
             if key not in grids:
                 grids[key] = subgrid(*key, config.method).to(context.sample.device)
             downsample.index = grids[key]
-        patch.counts["downsampled"] += len(wired)
+        patch.counts["downsampled"] += sum(patch.reaches(block.attn) for block, _ in wired)
 
     patch.each_call(choose)
     return patch

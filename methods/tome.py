@@ -39,7 +39,7 @@ from torch import Tensor
 from methods._core.context import StepContext
 from methods._core.denoiser import Block, describe
 from methods._core.patch import TOKENS, Patch
-from methods._core.tokens import match_plan
+from methods._core.tokens import Plan, match_plan
 
 __all__ = ["OFF", "Config", "apply", "destinations", "reduction"]
 
@@ -82,46 +82,51 @@ def reduction(tokens: int, dst: int, ratio: float) -> int:
 
 
 class _Merge:
-    """Plans on the input of one block, merges before its self-attention and copies back after it.
+    """Matches on the input of one block, merges before its self-attention and copies back after it.
 
     The host fills in `src`, `dst` and `r` before each call of the denoiser.
     """
 
     def __init__(self, block: Block):
         self.block = block
-        self.src = self.dst = self.plan = None
+        self.input = self.src = self.dst = None
         self.r = 0
 
     def observe(self, forward, x: Tensor, *args, **kwargs):
         """Around the norm: x is the block's input, (B, N, C), text first in a fused sequence."""
-        self.plan = match_plan(x[:, x.shape[1] - self.tokens:], self.src, self.dst, self.r, shared=self.block.rotary)
+        self.input = x
         return forward(x, *args, **kwargs)
 
+    def plan(self) -> Plan:
+        x, self.input = self.input, None
+        return match_plan(x[:, x.shape[1] - self.tokens:], self.src, self.dst, self.r, shared=self.block.rotary)
+
     def image(self, forward, x: Tensor, *args, **kwargs) -> Tensor:
-        return self.plan.restore(forward(self.plan.reduce(x), *args, **kwargs))
+        plan = self.plan()
+        return plan.restore(forward(plan.reduce(x), *args, **kwargs))
 
     def joint(self, forward, hidden_states: Tensor, encoder_hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
-        kwargs = self.turn(kwargs, encoder_hidden_states.shape[1])
-        image, text = forward(hidden_states=self.plan.reduce(hidden_states), encoder_hidden_states=encoder_hidden_states,
-                              **kwargs)
-        return self.plan.restore(image), text
+        plan = self.plan()
+        kwargs = self.turn(kwargs, plan, encoder_hidden_states.shape[1])
+        image, text = forward(hidden_states=plan.reduce(hidden_states), encoder_hidden_states=encoder_hidden_states, **kwargs)
+        return plan.restore(image), text
 
     def fused(self, forward, hidden_states: Tensor, **kwargs) -> Tensor:
-        words = hidden_states.shape[1] - self.tokens
-        short = torch.cat([hidden_states[:, :words], self.plan.reduce(hidden_states[:, words:])], 1)
-        out = forward(hidden_states=short, **self.turn(kwargs, words))
-        return torch.cat([out[:, :words], self.plan.restore(out[:, words:])], 1)
+        plan, words = self.plan(), hidden_states.shape[1] - self.tokens
+        short = torch.cat([hidden_states[:, :words], plan.reduce(hidden_states[:, words:])], 1)
+        out = forward(hidden_states=short, **self.turn(kwargs, plan, words))
+        return torch.cat([out[:, :words], plan.restore(out[:, words:])], 1)
 
     @property
     def tokens(self) -> int:
         return self.src.shape[0] + self.dst.shape[0]
 
-    def turn(self, kwargs: dict[str, Any], words: int) -> dict[str, Any]:
+    def turn(self, kwargs: dict[str, Any], plan: Plan, words: int) -> dict[str, Any]:
         """Gather the rotary embedding, cosine and sine of (words + tokens, D) or (tokens, D), along with the tokens."""
         rotary = kwargs.get("image_rotary_emb")
         if rotary is None:
             return kwargs
-        owner = self.plan.owner[0]
+        owner = plan.owner[0]
         if rotary[0].shape[0] > self.tokens:
             owner = torch.cat([torch.arange(words, device=owner.device), words + owner])
         return {**kwargs, "image_rotary_emb": tuple(part[owner.to(part.device)] for part in rotary)}
@@ -149,14 +154,15 @@ def apply(target: Any, config: Config = Config()) -> Patch:
 
     def draw(context: StepContext) -> None:
         random = torch.Generator().manual_seed(config.seed * 1_000_003 + context.i) if config.random else None
-        for merge in merges:
+        reached = [merge for merge in merges if patch.reaches(merge.block.attn)]
+        for merge in reached:
             frames, height, width = denoiser.grid(context.inputs, merge.block)
             dst = destinations(frames, height, width, config.stride, random)
             free = torch.ones(frames * height * width, dtype=torch.bool).index_fill_(0, dst, False)
             merge.r = reduction(len(free), len(dst), config.ratio)
             device = context.sample.device
             merge.src, merge.dst = free.nonzero().squeeze(1).to(device), dst.to(device)
-        patch.counts["merged"] += len(merges)
+        patch.counts["merged"] += len(reached)
 
     patch.each_call(draw)
     return patch

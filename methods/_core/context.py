@@ -60,8 +60,9 @@ def split_target(target: Any) -> tuple[Any | None, nn.Module]:
 class _Uncopied:
     """A function put on a model or a scheduler. Copying its owner is refused: the copy would report to the original."""
 
-    def __init__(self, function):
+    def __init__(self, function, wraps=None):
         self.function = function
+        self.__wrapped__ = wraps or function          # pipelines read the signature of scheduler methods
 
     def __call__(self, *args, **kwargs):
         return self.function(*args, **kwargs)
@@ -92,6 +93,7 @@ class Run:
 
     def add(self, patch) -> None:
         self.patches.append(patch)
+        self.patches.sort(key=lambda each: each.depth)          # caches decide first: what they skip, others need not count
         if patch.pipe is not None:
             self._watch(patch.pipe.scheduler)
 
@@ -126,7 +128,8 @@ class Run:
             solver = self._solver()
             return solver.step(step, *args, **kwargs) if solver else step(*args, **kwargs)
 
-        scheduler.set_timesteps, scheduler.step = _Uncopied(starts), _Uncopied(steps)
+        scheduler.set_timesteps = _Uncopied(starts, wraps=set_timesteps)
+        scheduler.step = _Uncopied(steps, wraps=step)
         self.watched[id(scheduler)] = scheduler
 
     def _solver(self):

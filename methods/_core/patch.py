@@ -26,6 +26,7 @@ class Site:
     def __init__(self, module: nn.Module):
         self.original = module.__dict__.get("forward")     # another library's instance-level forward, if any
         self.arounds: list[tuple[int, Patch, Callable]] = []
+        self.opaque: Patch | None = None                    # computes the module itself, so nothing can sit inside it
 
     def __deepcopy__(self, memo):
         raise RuntimeError("a patched model cannot be copied: the copy would share its state; remove the patches "
@@ -64,7 +65,8 @@ class Patch:
     def __init__(self, target: Any, name: str, *, depth: int = CACHE):
         self.pipe, self.model = split_target(target)
         self.name, self.depth = name, depth
-        self.solver = None          # an object with set_timesteps(call, ...) and step(call, ...), for a solver-level method
+        self.solver = None
+        self.skipping = False       # whether this call leaves out the inside of the patched modules; set by caches
         self.counts: Counter[str] = Counter()
         self.features: list[Feature] = []
         self._modules: list[nn.Module] = []
@@ -77,11 +79,12 @@ class Patch:
 
     # ---- wiring, used by methods --------------------------------------------------------------------------------------
 
-    def around(self, module: nn.Module, function: Callable) -> None:
-        """Call `function(forward, *args, **kwargs)` in place of `module.forward`.
+    def around(self, module: nn.Module, function: Callable, *, opaque: bool = False) -> None:
+        """Call `function(forward, *args, **kwargs)` in place of `module.forward`; `opaque` if it never calls `forward`.
 
         Raises:
-            ValueError: another patch of the same depth is on this module: both would cache it, or both reduce its tokens.
+            ValueError: it cannot stack with a patch already on this module: both would cache it, both reduce its tokens, or
+                one computes the module itself.
         """
         site = module.__dict__.get("_patch_site")
         if site is None:
@@ -89,17 +92,42 @@ class Patch:
             module._patch_site = site
             module.forward = types.MethodType(_patched_forward, module)
         for depth, other, _ in site.arounds:
-            if depth == self.depth and other is not self:
-                what = "cache the output" if depth == CACHE else "reduce the tokens"
+            reason = None
+            if depth == self.depth:
+                reason = "both cache the output" if depth == CACHE else "both reduce the tokens"
+            elif opaque or site.opaque is not None:
+                reason = f"{(self if opaque else site.opaque).name} computes the inside"
+            if reason and other is not self:
                 self.remove()
-                raise ValueError(f"{self.name} and {other.name} cannot stack: both {what} of the same {type(module).__name__}")
+                raise ValueError(f"{self.name} and {other.name} cannot stack: {reason} of the same {type(module).__name__}")
         site.arounds.append((self.depth, self, function))
         site.arounds.sort(key=lambda entry: entry[0])
+        site.opaque = self if opaque else site.opaque
         self._modules.append(module)
+
+    def reaches(self, module: nn.Module) -> bool:
+        """Whether this call of the denoiser will run `module`, given what the caches on the model skip."""
+        return not any(patch.skipping and id(module) in patch.inside for patch in self.run.patches)
+
+    @functools.cached_property
+    def inside(self) -> set[int]:
+        """Ids of the patched modules and of everything in them."""
+        return {id(part) for module in self._modules for part in module.modules()}
 
     def each_call(self, function: Callable[[StepContext], dict | None]) -> None:
         """Run `function(context)` on the host before every call of the denoiser; it may return inputs to replace, by name."""
         self._on_call.append(function)
+
+    def solve(self, solver: Any) -> None:
+        """Let `solver.set_timesteps(call, ...)` and `solver.step(call, ...)` stand around those methods of the scheduler.
+
+        Raises:
+            ValueError: another patch already does.
+        """
+        for other in self.run.patches:
+            if other.solver is not None:
+                raise ValueError(f"{self.name} and {other.name} cannot stack: both replace the steps of the solver")
+        self.solver = solver
 
     def each_run(self, function: Callable[[], None]) -> None:
         """Run `function()` when a new sampling run starts and when the patch is reset."""
@@ -140,6 +168,7 @@ class Patch:
         for module in self._modules:
             site = module._patch_site
             site.arounds = [entry for entry in site.arounds if entry[1] is not self]
+            site.opaque = None if site.opaque is self else site.opaque
             ours = getattr(module.__dict__.get("forward"), "__func__", None) is _patched_forward
             if not site.arounds and ours:            # else another library wraps our forward: leave it, it passes through
                 del module._patch_site, module.forward

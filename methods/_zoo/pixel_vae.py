@@ -2,7 +2,7 @@
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
-from torch import Tensor
+from torch import Tensor, ones
 
 
 class PixelVAE(ModelMixin, ConfigMixin):
@@ -11,6 +11,7 @@ class PixelVAE(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, scaling_factor: float = 1.0):
         super().__init__()
+        self.register_buffer("unit", ones(()))         # says which device and dtype the model is on
 
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        return DecoderOutput(sample=z) if return_dict else (z,)
+        return DecoderOutput(sample=z * self.unit) if return_dict else (z * self.unit,)

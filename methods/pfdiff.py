@@ -1,0 +1,160 @@
+"""PFDiff - PFDiff: Training-Free Acceleration of Diffusion Models Combining Past and Future Scores
+
+Guangyi Wang, Yuren Cai, Lijiang Li, Wei Peng, Songzhi Su, ICLR 2025. arXiv:2408.08822. Code: onefly123/PFDiff
+
+Idea: one network evaluation serves k + 1 steps of the grid. The score of the past evaluation carries the latent h steps
+ahead (a springboard, free of cost), the network is evaluated there, and its "future" score then moves the latent from
+where it was over all k + 1 steps. A score from the middle of an interval fits its integral better than one from the end.
+
+Map
+    Alg. 1, lines 2-3   an ordinary first step fills the buffer           jumps
+    Alg. 1, lines 5-6   springboard to i + h, future score there          _Solver.substitute
+    Alg. 1, lines 7-9   jump to i + k + 1, keep the score                 _Solver.step
+    Eq. 7               a first-order step of any length                  methods._core.solver
+
+Departures
+    The number of steps given to the pipeline is the grid, T. The pipeline then loops over 1 + ceil((T-1) / (k+1)) network
+    evaluations only, and its progress bar and callbacks count those.
+    A tail of r <= k intervals is covered as in the official code: r = 1 an ordinary step, else a springboard of one
+    interval and a jump of r. (Its 3_2 sampler for Stable Diffusion fails in that tail on an undefined name.)
+    A jump ends at the noise level of its grid point; the library's DDIM steps by 1000 // T instead, which differs where T
+    does not divide 1000.
+    A run that starts late (image-to-image) begins with an ordinary step to its next evaluation.
+    First-order solvers only: DDIM with eta = 0 and flow-matching Euler. The paper finds the future score of use to these
+    alone; its variant for higher orders, a springboard without it, is left out.
+
+Example
+    >>> import methods
+    >>> from methods import pfdiff
+    >>> pipe = methods.tiny("dit")
+    >>> with pfdiff.apply(pipe, pfdiff.Config(k=1, h=1)) as patch:
+    ...     images = pipe([3], num_inference_steps=7, output_type="np").images
+    >>> patch.report()["evaluations"]
+    4
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from methods._core.context import StepContext
+from methods._core.denoiser import describe
+from methods._core.patch import Patch
+from methods._core.solver import grid_class
+
+__all__ = ["OFF", "Config", "Jump", "apply", "jumps"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    k: int = 1     # grid steps saved by each evaluation, Alg. 1; larger for fewer evaluations
+    h: int = 1     # how many grid steps ahead the future score is taken, 1 <= h <= k, Alg. 1
+
+    def __post_init__(self):
+        if not 0 <= self.k <= 3:
+            raise ValueError(f"k={self.k} outside 0 to 3")
+        if self.k and not 1 <= self.h <= self.k:
+            raise ValueError(f"h={self.h} outside 1 to k={self.k}")
+
+
+OFF = Config(k=0)
+
+
+class Jump(NamedTuple):
+    """One evaluation: from grid point `start`, evaluate at `at`, move to `to`."""
+
+    start: int
+    at: int
+    to: int
+
+
+def jumps(grid: int, k: int, h: int) -> list[Jump]:
+    """Alg. 1: the evaluations that cover a grid of `grid` intervals, 1 + ceil((grid - 1) / (k + 1)) of them."""
+    path = [Jump(0, 0, 1)]
+    while (i := path[-1].to) < grid:
+        left = grid - i
+        if left > k:
+            path.append(Jump(i, i + h if k else i, i + k + 1))
+        else:
+            path.append(Jump(i, i + (left > 1), grid))
+    return path
+
+
+class _Solver:
+    """Drives one run: thins the grid, moves the model's input to the springboard, and takes the long steps."""
+
+    def __init__(self, patch: Patch, config: Config):
+        self.patch, self.config = patch, config
+        self.grid = self.past = None
+        self.path: list[Jump] = []
+        self.jump = Jump(0, 0, 0)
+
+    def set_timesteps(self, call, *args, **kwargs) -> None:
+        call(*args, **kwargs)
+        scheduler = self.patch.pipe.scheduler
+        self.grid, self.past = grid_class(scheduler)(scheduler), None
+        self.path = jumps(len(self.grid.timesteps), self.config.k, self.config.h)
+        self.grid.thin(scheduler, [jump.start for jump in self.path])
+
+    def substitute(self, context: StepContext) -> dict[str, Any]:
+        """Lines 5-6: before the model runs, move its latent and its timestep to where the future score is taken."""
+        self.jump = self.path[len(self.path) - context.steps + context.i]
+        if context.branch == 0:
+            self.patch.counts["evaluations"] += 1
+        if self.past is None or self.jump.at == self.jump.start:
+            return {}
+        if context.sample.shape[1:] != self.past.shape[1:]:
+            raise ValueError(f"pfdiff needs the latent alone as the model's input, {tuple(self.past.shape[1:])}; this model is given "
+                             f"{tuple(context.sample.shape[1:])}")
+        name = "sample" if "sample" in context.inputs else "hidden_states"
+        t = self.grid.timesteps[self.jump.at] / describe(self.patch.model).timestep_scale
+        return {name: self.springboard(context.sample), "timestep": torch.zeros_like(torch.as_tensor(context.timestep)) + t}
+
+    def springboard(self, x: Tensor) -> Tensor:
+        past = self.past.repeat(len(x) // len(self.past), *[1] * (x.ndim - 1))          # both guidance halves alike
+        return self.grid.move(x, past, self.jump.start, self.jump.at).to(x.dtype)
+
+    def step(self, call, model_output: Tensor, timestep: Any, sample: Tensor, *args, eta: float = 0.0, **kwargs):
+        """Lines 7-9: keep the (guided) future score and move the latent from where it was."""
+        if eta:
+            raise ValueError(f"pfdiff is deterministic: eta={eta} must be 0")
+        result = call(model_output, timestep, sample, *args, **kwargs)                  # for its bookkeeping and its type
+        start, at, to = self.jump
+        if self.past is None or at == start:
+            self.past = self.grid.score(model_output, sample, start)
+            moved = self.grid.step(sample, model_output, start, to)
+        else:
+            self.past = self.grid.score(model_output, self.springboard(sample), at)
+            moved = self.grid.move(sample, self.past, start, to)
+        if isinstance(result, tuple):
+            return moved, *result[1:]
+        result.prev_sample = moved
+        return result
+
+
+def apply(pipe: Any, config: Config = Config()) -> Patch:
+    """Cover every k + 1 steps of the grid with one evaluation of the network.
+
+    Args:
+        pipe: a diffusers pipeline with a DDIM or a flow-matching Euler scheduler.
+
+    Raises:
+        ValueError: a bare model, another scheduler, a second solver-level method, or already applied.
+    """
+    patch = Patch(pipe, "pfdiff")
+    if config.k == 0:
+        return patch
+    try:
+        if patch.pipe is None:
+            raise ValueError("pfdiff works on the sampling loop: apply it to the pipeline, not to the bare model")
+        grid_class(patch.pipe.scheduler)
+        solver = _Solver(patch, config)
+        patch.solve(solver)
+        patch.each_call(solver.substitute)
+    except ValueError:
+        patch.remove()
+        raise
+    return patch

@@ -1,0 +1,330 @@
+"""ToCa - Accelerating Diffusion Transformers with Token-wise Feature Caching
+
+Chang Zou, Xuyang Liu, Ting Liu, Siteng Huang, Linfeng Zhang, ICLR 2025. arXiv:2410.05317. Code: Shenyi-Z/ToCa
+
+Idea: between full steps, attention is reused for all tokens, but the MLP (and the cross-attention) is computed anew for
+the few tokens where a stale value hurts most: those that many others attend to, those that were not renewed for long,
+and the most important one of every small cell of the image. Their rows replace the old ones in the cache.
+
+Map
+    Sec. 3.3, s1    influence: column sums of the self-attention map      methods._core.attention.attend
+    Sec. 3.3, s2    control: entropy of the cross-attention               entropy
+    Sec. 3.3, s3    staleness: steps since a token was renewed            select
+    Sec. 3.3, s4    spatial spread: a bonus for the best of each cell     spread
+    Sec. 3.3, Eq. 7 the sum of the scores, and the top k of it            select
+    Sec. 3.4        how many, by step, depth and kind of layer            fresh_ratio
+    App.            which steps are full                                  full_steps
+    Alg. 1          renew the chosen rows, reuse all others               _Branch
+
+Departures
+    The released code decides whether a step is full inside each block, after block 0 has already changed the interval, so
+    that on some steps only block 0 is full. Here it is decided once a step; `per_block_decision=True` repeats the original.
+    Depth runs from 0 to 1 over the blocks of the model at hand; the released code divides by 27 whatever the depth, right
+    for the 28 blocks of DiT-XL/2 and PixArt. For Flux it is kept as it is, per stream.
+    The tokens of a step are chosen before the model runs, from the state the last step left, which is all they depend on.
+    Only the column sums of the attention map are kept, not the map.
+    Latte stands in for Open-Sora (which has no diffusers class): entropy in its spatial blocks, influence in the temporal
+    ones, three full steps first, one interval for all layers where the released code has six for cross-attention.
+
+Example
+    >>> import methods
+    >>> from methods import toca
+    >>> pipe = methods.tiny("dit")
+    >>> with toca.apply(pipe) as patch:
+    ...     images = pipe([3], num_inference_steps=10, output_type="np").images
+    >>> patch.report()["full"] + patch.report()["partial"]
+    10
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel_kernels.rows import gather_rows, scatter_rows
+from accel_kernels.topk import topk_partition
+from methods._core.attention import attend, cross_map
+from methods._core.context import StepContext
+from methods._core.denoiser import Block, Branch, describe
+from methods._core.patch import Feature, Patch
+
+__all__ = ["OFF", "Config", "apply", "entropy", "fresh_ratio", "full_steps", "select", "spread"]
+
+SCHEDULES = ("dit-ddim", "dit-ddpm", "pixart", "open-sora", "flux")
+FAMILIES = {"dit": "dit-ddim", "pixart": "pixart", "latte": "open-sora", "flux": "flux"}
+SPREAD = {"dit-ddim": (0.6, 2), "dit-ddpm": (0.6, 2), "pixart": (0.4, 4)}                   # bonus and cell, App.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    interval: int = 3                 # N, nominal steps from one full step to the next, Sec. 4.1 (DiT 3 or 4, Flux 4)
+    fresh: float = 0.07               # r0, base share of renewed tokens, Sec. 4.1 (DiT 0.07, PixArt 0.3, Flux 0.1)
+    staleness: float = 0.25           # weight of s3, Sec. 4.1
+    bonus: float | None = None        # weight of s4; None: 0.6 for DiT, 0.4 for PixArt, else 0
+    cell: int | None = None           # side of a cell of s4; None: 2 for DiT, 4 for PixArt
+    schedule: str = "auto"            # of intervals and ratios: "auto" by model, or one of SCHEDULES
+    per_block_decision: bool = False  # repeat the released code's slip, see Departures
+
+    def __post_init__(self):
+        if self.interval < 1:
+            raise ValueError(f"interval={self.interval} must be at least 1")
+        if not 0 <= self.fresh <= 1:
+            raise ValueError(f"fresh={self.fresh} outside [0, 1]")
+        if self.schedule not in ("auto", *SCHEDULES):
+            raise ValueError(f"schedule={self.schedule!r} must be 'auto' or one of {', '.join(SCHEDULES)}")
+        if self.cell is not None and self.cell < 1:
+            raise ValueError(f"cell={self.cell} must be at least 1")
+
+
+OFF = Config(interval=1)
+
+
+def full_steps(steps: int, interval: int, schedule: str, adaptive: bool = True) -> list[tuple[int, bool]]:
+    """App.: the full steps, as (index from 0, whether blocks after the first would agree in the released code).
+
+    DiT counts down and shortens the interval towards the end of sampling (2 between 20 % and 40 % of the steps left);
+    PixArt counts up; Flux and Open-Sora make three full steps, then one in N. `adaptive=False` keeps N throughout.
+    """
+    if schedule in ("flux", "open-sora"):
+        return [(i, True) for i in range(steps) if i < 3 or (i - 2) % interval == 0]
+    down = schedule.startswith("dit")
+
+    def after(s: int) -> int:
+        if not adaptive:
+            return interval
+        if down and 0.2 * steps <= s < 0.4 * steps:
+            return 2
+        return max(1, round(interval / (1.4 - 0.8 * s / steps if down else 0.8 + 0.4 * s / steps)))
+
+    full, gap = [], 1
+    for i in range(steps):
+        s = steps - 1 - i if down else i
+        if i == 0 or s % gap == 0:
+            gap = after(s)
+            full.append((i, i == 0 or s % gap == 0))
+    return full
+
+
+def fresh_ratio(schedule: str, base: float, i: int, steps: int, depth: float, kind: str) -> float:
+    """Sec. 3.4: share of tokens a layer renews at step `i`, clamped to [0, 1].
+
+    `depth` runs from 0 to 1 over the blocks (block / 27 for Flux); `kind` is "cross", "ff" or, in a Flux single block,
+    "total".
+    """
+    if schedule.startswith("dit"):
+        left = (steps - 1 - i) / steps
+        step, layer = (3 - 4 * left, 0.8 + 0.4 * depth) if schedule == "dit-ddim" else (1.4 - 0.8 * left, 1.8 - 1.6 * depth)
+        factor = step * layer * 2.5
+    elif schedule == "pixart":
+        factor = (1.9 - 1.8 * i / steps) * (1.6 - 1.2 * depth) * (0.6 if kind == "cross" else 1.6)
+    elif schedule == "open-sora":
+        factor = 1 - 0.67 * 1.5 if kind == "cross" else 1.495
+    else:
+        factor = (1.5 - depth) * (1.6 if kind == "total" else 0.4)
+    return min(1.0, max(0.0, base * factor))
+
+
+def entropy(maps: Tensor, guided: bool) -> Tensor:
+    """s2: entropy of the rows of a cross-attention map (B, N, T), whose guidance halves are averaged first. -> (B, N)"""
+    if guided:
+        maps = maps.unflatten(0, (2, -1)).mean(0).repeat(2, 1, 1)
+    return -(maps * (maps + 1e-7).log()).sum(-1)
+
+
+def spread(score: Tensor, height: int, width: int, cell: int, bonus: float) -> Tensor:
+    """s4: in each cell x cell square, the token of highest score (B, N) gains `bonus` times its own score."""
+    B = score.shape[0]
+    rows, cols = -(-height // cell), -(-width // cell)
+    grid = score.new_full((B, rows * cell, cols * cell), -torch.inf)
+    grid[:, :height, :width] = score.view(B, height, width)
+    cells = grid.view(B, rows, cell, cols, cell).transpose(2, 3).reshape(B, rows, cols, cell * cell)
+    best = torch.zeros_like(cells).scatter_(-1, cells.argmax(-1, keepdim=True), 1.0)
+    best = best.view(B, rows, cols, cell, cell).transpose(2, 3).reshape_as(grid)[:, :height, :width]
+    return score * (1 + bonus * best.reshape(B, -1))
+
+
+def select(importance: Tensor, stale: Tensor, k: int, interval: int, weight: float,
+           cells: tuple[int, int, int, float] | None = None) -> Tensor:
+    """Eq. 7: the k tokens of highest score. importance (B, N), stale (B, N) steps since renewal -> (B, k), ascending.
+
+    `cells` = (height, width, cell, bonus) adds the spatial term.
+    """
+    score = importance + weight * stale / interval
+    if cells is not None:
+        score = spread(score, *cells)
+    return topk_partition(score, k)[0]
+
+
+@dataclass
+class _Scores:
+    """What ranks the tokens of one block, renewed on full steps: the mass of its self-attention or the entropy of its
+    cross-attention, (B, N) each."""
+
+    mass: Feature
+    entropy: Feature
+    guided: bool = False
+
+    def importance(self, tokens: int, text: bool) -> Tensor:
+        """Scores of `tokens` tokens scaled to unit length: the first of the sequence for text, else the last. -> (B, tokens)"""
+        score = self.mass.value if self.entropy.value is None else 1 + self.entropy.value
+        score = score[:, :tokens] if text else score[:, score.shape[1] - tokens:]
+        return score / score.norm(dim=1, keepdim=True)
+
+
+class _Branch:
+    """MLP or cross-attention: computed for all tokens on full steps, for the rows of `index` (B, k) on partial ones.
+
+    The host sets `full` and, before each partial step, `index`; None renews nothing.
+    """
+
+    def __init__(self, block: Block, branch: Branch, features: tuple[Feature, Feature], scores: _Scores, depth: float):
+        self.block, self.branch, self.scores, self.depth = block, branch, scores, depth
+        self.feature, self.stale = features
+        self.full, self.index = True, None
+        self.scored = branch.name == "cross"       # its entropy is the block's score
+
+    def around(self, forward, x: Tensor, *args, **kwargs) -> Tensor:
+        if self.full:
+            self.feature.value = forward(x, *args, **kwargs)
+            if self.scored:
+                self.scores.entropy.value = self.measure(x, **kwargs)
+        elif self.index is not None:
+            rows = gather_rows(x, self.index)
+            self.feature.value = scatter_rows(self.feature.value, self.index, forward(rows, *args, **kwargs))
+            if self.scored:
+                renewed = self.measure(rows, **kwargs)
+                self.scores.entropy.value = self.scores.entropy.value.scatter(1, self.index, renewed)
+        return self.feature.value
+
+    def measure(self, x: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None, **_) -> Tensor:
+        return entropy(cross_map(self.branch.module, x, encoder_hidden_states, attention_mask), self.scores.guided)
+
+    def chosen(self, x: Tensor) -> Tensor:
+        """The rows of x (B, N, C) this step renews."""
+        return x[:, :0] if self.index is None else gather_rows(x, self.index)
+
+    def feed(self, forward, x: Tensor) -> Tensor:
+        """The MLP of a Flux single block, for the chosen tokens only."""
+        return forward(x if self.full else self.chosen(x))
+
+    def total(self, forward, x: Tensor) -> Tensor:
+        """The output of a Flux single block; x joins attention and MLP of all tokens, or of the chosen ones."""
+        if self.full:
+            self.feature.value = forward(x)
+        elif self.index is not None:
+            self.feature.value = scatter_rows(self.feature.value, self.index, forward(x))
+        return self.feature.value
+
+
+class _Attention:
+    """Self-attention: computed on full steps, with its mass where that is the score, and reused whole on partial ones.
+
+    In a Flux single block, whose output `total` is cached behind it, only the rows that block renews are handed on.
+    """
+
+    def __init__(self, block: Block, feature: Feature, scores: _Scores | None, total: _Branch | None):
+        self.attn, self.feature, self.scores, self.total = block.attn, feature, scores, total
+        self.full = True
+
+    def around(self, forward, *args, **kwargs):
+        if not self.full:
+            return self.feature.value if self.total is None else self.total.chosen(self.feature.value)
+        if self.scores is None:
+            self.feature.value = forward(*args, **kwargs)
+        else:
+            self.feature.value, self.scores.mass.value = attend(self.attn, *args, **kwargs)
+        return self.feature.value
+
+
+def apply(target: Any, config: Config = Config()) -> Patch:
+    """Reuse attention, and all but the most important rows of MLPs and cross-attentions, between full steps.
+
+    Args:
+        target: a diffusers pipeline over DiT, PixArt, Latte or Flux.
+
+    Raises:
+        ValueError: a bare model (the schedules need the number of steps), another model, or already applied.
+    """
+    patch = Patch(target, "toca")
+    if config.interval == 1:
+        return patch
+    if patch.pipe is None:
+        patch.remove()
+        raise ValueError("toca counts the steps of a run: apply it to the pipeline, not to the bare model")
+    denoiser = describe(patch.model)
+    blocks = patch.require(denoiser.blocks if denoiser.family in FAMILIES else (), f"blocks of {', '.join(FAMILIES)}")
+    schedule = FAMILIES[denoiser.family] if config.schedule == "auto" else config.schedule
+    bonus, cell = SPREAD.get(schedule, (0.0, 1))
+    bonus, cell = bonus if config.bonus is None else config.bonus, cell if config.cell is None else config.cell
+    attentions, branches = _wire(patch, blocks, schedule, scored=config.fresh > 0)
+    plan: dict[int, bool] = {}
+
+    def decide(context: StepContext) -> None:
+        if context.i == 0:
+            plan.clear()
+            plan.update(full_steps(context.steps, config.interval, schedule, adaptive=config.fresh > 0))
+        full = context.fresh or context.i in plan
+        deep = full and (context.fresh or plan[context.i] or not config.per_block_decision)
+        patch.skipping = not full
+        for attention in attentions:
+            attention.full = full if attention is attentions[0] else deep
+        for branch in branches:
+            branch.full = full if branch.block.index == 0 else deep
+            branch.scores.guided = context.guided
+            if branch.full:
+                branch.stale.value = branch.index = None
+            else:
+                choose(branch, context)
+        patch.counts["full" if full else "partial"] += 1
+
+    def choose(branch: _Branch, context: StepContext) -> None:
+        value = branch.feature.value
+        tokens = value.shape[1]
+        ratio = fresh_ratio(schedule, config.fresh, context.i, context.steps, branch.depth, branch.branch.name)
+        k = math.floor(ratio * tokens)
+        stale = branch.stale.value
+        stale = torch.zeros(value.shape[:2], device=value.device) if stale is None else stale
+        branch.index = None
+        if k:
+            frames, height, width = denoiser.grid(context.inputs, branch.block)
+            flat = bonus and frames == 1 and tokens == height * width
+            text = branch.branch.name == "ff_context"
+            importance = branch.scores.importance(tokens, text)
+            cells = (height, width, cell, bonus) if flat else None
+            branch.index = select(importance, stale, k, config.interval, config.staleness, cells)
+            torch._dynamo.maybe_mark_dynamic(branch.index, 1)           # k changes with every step: compile it once
+            patch.counts["rows"] += k
+        stale = stale + 1
+        branch.stale.value = stale if branch.index is None else stale.scatter(1, branch.index, 0.0)
+
+    patch.each_call(decide)
+    return patch
+
+
+def _wire(patch: Patch, blocks: list[Block], schedule: str, scored: bool) -> tuple[list[_Attention], list[_Branch]]:
+    """Put the two kinds of hook on every block; blocks with cross-attention are scored by its entropy, others by mass."""
+    attentions, branches = [], []
+    streams = {stream: [b for b in blocks if b.stream == stream and not b.temporal] for stream in ("image", "joint", "fused")}
+    for block in blocks:
+        scores = _Scores(patch.feature(), patch.feature())
+        place = next((i for i, b in enumerate(streams[block.stream]) if b is block), block.index // 2)
+        depth = place / (27 if schedule == "flux" else max(1, len(streams[block.stream]) - 1))
+        total = None
+        for branch in block.branches:
+            if branch.module is block.attn:
+                continue
+            hook = _Branch(block, branch, (patch.feature(), patch.feature()), scores, depth)
+            hook.scored &= scored
+            branches.append(hook)
+            total = hook if branch.feeds else None
+            patch.around(branch.module, hook.total if branch.feeds else hook.around)
+            for feed in branch.feeds:
+                if feed is not block.attn:
+                    patch.around(feed, hook.feed)
+        mass = scored and block.cross is None
+        attentions.append(_Attention(block, patch.feature(), scores if mass else None, total))
+        patch.around(block.attn, attentions[-1].around, opaque=mass)
+    return attentions, branches
