@@ -1,0 +1,75 @@
+"""Best cosine partner of every source token among the destination tokens.
+
+`score[b, i] = max_j cos(x[b, src_i], x[b, dst_j])` and `index[b, i]` = that j, the lowest one on equal scores (equal as
+computed: a GEMM may round two equal columns apart). A zero vector has cosine 0 to everything.
+
+x (B, N, C) any floating dtype | src (S,) or (B, S), dst (D,) or (B, D) int64 | score (B, S) fp32, index (B, S) int64.
+Cost: 2*B*S*D*C FLOPs in fp32 accumulation; the S x D scores exist one tile at a time. Only the destinations are
+normalised before the product: the norm of a source scales its whole row, so it is divided out after the maximum.
+Deterministic. Not differentiable (a partner is a choice).
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from accel_kernels._dispatch import pick
+from accel_kernels._shapes import check_float, check_index, flat_rows
+
+TILE = 1 << 18  # scores held at a time: 1 MiB in fp32, which stays in one core's L2 cache
+
+
+def cosine_match(x: Tensor, src: Tensor, dst: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """(score, index) as in the module docstring; ValueError on a wrong shape, dtype or an empty `dst`."""
+    check_float("x", x, "(B, N, C)")
+    src, dst = (i.expand(x.shape[0], -1) if i.dim() == 1 else i for i in (src, dst))
+    check_index("src", src, x.shape[0])
+    check_index("dst", dst, x.shape[0])
+    if dst.shape[1] == 0:
+        raise ValueError(f"dst has shape {tuple(dst.shape)}, allowed: at least one destination")
+    return _cosine_match(x, src, dst, impl)
+
+
+def reference(x: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
+    """Tiled eager torch; src (B, S), dst (B, D). Small batch elements share a tile."""
+    (batch, length, channels), sources, targets = x.shape, src.shape[1], dst.shape[1]
+    rows = x.reshape(-1, channels)
+    target = rows.index_select(0, flat_rows(dst, length)).float()
+    target = (target / _norm(target)).view(batch, targets, channels).transpose(1, 2)
+    score = x.new_empty((batch, sources), dtype=torch.float32)
+    index = torch.empty_like(score, dtype=torch.int64)
+    step = max(16, TILE // targets)
+    group = max(1, step // max(1, sources))
+    source = flat_rows(src, length).view(batch, sources)
+    with torch.autocast(x.device.type, enabled=False):
+        for b in range(0, batch, group):
+            for s in range(0, sources, step):
+                tile = source[b : b + group, s : s + step]
+                query = rows.index_select(0, tile.flatten()).float().view(*tile.shape, channels)
+                best, column = torch.bmm(query, target[b : b + group]).max(dim=-1)
+                score[b : b + group, s : s + step] = best / _norm(query).squeeze(-1)
+                index[b : b + group, s : s + step] = column
+    return score, index
+
+
+def _norm(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+@torch.library.custom_op("genaccel::cosine_match", mutates_args=())
+def _cosine_match(x: Tensor, src: Tensor, dst: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    if pick(impl, x, src, dst) == "triton":
+        from accel_kernels._triton import cosine_match as device
+
+        return device.cosine_match(x, src, dst)
+    return reference(x, src, dst)
+
+
+@_cosine_match.register_fake
+def _(x, src, dst, impl):
+    return x.new_empty(src.shape, dtype=torch.float32), src.new_empty(src.shape)
+
+
+@register_flop_formula(torch.ops.genaccel.cosine_match)
+def _flops(x, src, dst, *args, **kwargs) -> int:
+    return 2 * src[0] * src[1] * dst[1] * x[2]
