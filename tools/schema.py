@@ -1,0 +1,257 @@
+"""The schema of the catalogue: one pydantic model per kind of file, and the JSON Schema made from it."""
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
+
+SLUG = re.compile(r"[a-z][a-z0-9_]*")
+UNFILLED = "FILL:"                  # marks what a contributor still has to write
+TAG_AXES = ("application", "training", "criterion", "mechanism")
+
+Kind = Literal["patch", "decoder", "module", "training", "compress", "parallel"]
+Level = Literal["official", "equations", "reconstruction"]
+AuthorsStyle = Literal["last_first", "first_last", "commas"]
+ErratumField = Literal[
+    "badge", "title", "venue", "authors", "paper", "code", "application", "training", "criterion", "mechanism",
+    "badges", "placement",
+]
+
+
+def _one_line(text: str) -> str:
+    if not text or text != text.strip() or not text.isprintable():
+        raise ValueError("must be one line of printable characters without space at its ends")
+    return text
+
+
+def _prose(text: str) -> str:
+    if not text.strip() or not text.replace("\n", "").isprintable():
+        raise ValueError("must be printable text")
+    return text
+
+
+def _date(text: str) -> str:
+    year, month, day = (*map(int, text.split("-")), 1)[:3]
+    try:
+        datetime.date(year, month, day)
+    except ValueError as error:
+        raise ValueError(f"is no date: {error}") from None
+    return text
+
+
+def _yaml_bool(value: object) -> object:
+    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+
+
+def _word(pattern: str, what: str, schema: str | None = None) -> object:
+    """A string that matches `pattern`; `what` says so in words."""
+    compiled = re.compile(pattern)
+
+    def check(text: str) -> str:
+        if not compiled.fullmatch(text):
+            raise ValueError(f"must be {what}")
+        return text
+
+    return Annotated[str, AfterValidator(check), Field(json_schema_extra={"pattern": f"^(?:{schema or pattern})$"})]
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
+Prose = Annotated[str, AfterValidator(_prose)]
+Flag = Annotated[bool, BeforeValidator(_yaml_bool)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Https = _word(r"https://[^\s<>\"'\\`{}|]+", "an https:// link")
+Repo = _word(r"[\w.-]+/[\w.-]+|https://[^\s<>\"'\\`{}|]+", "owner/repo on GitHub or an https:// link")
+ArxivId = _word(r"\d{4}\.\d{5}(v[1-9]\d*)?", 'a quoted arXiv id such as "2303.17604" or "2404.02747v1"')
+Doi = _word(r"10\.\d{4,9}/[^\s<>\"'\\`{}|]+", "a DOI such as 10.1609/aaai.v39i9.33071")
+OpenReview = _word(r"[A-Za-z0-9_-]+", "an OpenReview forum id")
+Key = _word(r"[a-z][a-z0-9_:-]*", "a BibTeX key such as bolya2023tomesd")
+Slug = _word(SLUG.pattern, "a slug: lower-case letters, digits and _, starting with a letter")
+Term = _word(r"[a-z0-9]+(-[a-z0-9]+)*", "a vocabulary term in kebab-case")
+Place = _word(r"[a-z0-9-]+/[a-z0-9-]+", "list/section, such as token-wise/image")
+Since = Annotated[_word(r"\d{4}-\d{2}(-\d{2})?", "YYYY-MM-DD or YYYY-MM"), AfterValidator(_date)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=False)
+
+
+class Author(Strict):
+    given: Line | None = None
+    family: Line
+
+    @property
+    def name(self) -> str:
+        return f"{self.given} {self.family}" if self.given else self.family
+
+
+class Paper(Strict):
+    key: Key
+    title: Line
+    authors: Annotated[list[Author], Field(min_length=1)]
+    venue: Line                       # without the year; "arXiv" if none
+    year: Annotated[int, Field(ge=1990, le=2100)]
+    arxiv: ArxivId | None = None
+    openreview: OpenReview | None = None
+    doi: Doi | None = None
+    url: Https | None = None
+    code: Repo | None = None
+    licence: Line | None = None       # of the code
+    project: Https | None = None
+
+    @property
+    def link(self) -> str | None:
+        """Where to read it: arXiv, else OpenReview, else DOI, else `url`."""
+        if self.arxiv:
+            return f"https://arxiv.org/abs/{self.arxiv}"
+        if self.openreview:
+            return f"https://openreview.net/forum?id={self.openreview}"
+        return f"https://doi.org/{self.doi}" if self.doi else self.url
+
+    @property
+    def code_link(self) -> str | None:
+        return self.code if not self.code or self.code.startswith("https://") else f"https://github.com/{self.code}"
+
+
+class Tags(Strict):
+    application: Annotated[list[Term], Field(min_length=1)]
+    training: Annotated[list[Term], Field(min_length=1)]
+    criterion: list[Term] = []
+    mechanism: Annotated[list[Term], Field(min_length=1)]
+
+
+class Row(Strict):
+    """One line of a list: its place, and what that list prints differently from the entry (null = left out)."""
+    place: Place = Field(alias="in")
+    rank: Annotated[int, Field(ge=1)]
+    badge: Line | None = None
+    title: Line | None = None
+    venue: Line | None = None         # with the year
+    paper: Https | None = None
+    code: Https | None = None
+    authors: Line | None = None
+    authors_style: AuthorsStyle = "last_first"
+    application: list[Term] | None = None
+    training: list[Term] | None = None
+    criterion: list[Term] | None = None
+    mechanism: list[Term] | None = None
+
+
+class Reported(Strict):
+    """A number of the paper's own, never one of ours."""
+    model: Line
+    setting: Line
+    metric: Line
+    before: Number | None = None
+    after: Number | None = None
+    speedup: Annotated[Number, Field(gt=0)] | None = None
+    where: Line
+
+
+class Fidelity(Strict):
+    level: Level
+    against: Line
+    max_abs_diff: Annotated[Number, Field(ge=0)] | None = None
+    note: Prose | None = None
+
+
+class Erratum(Strict):
+    """What a source list had wrong: `seed` was printed there, `corrected` is printed now (null = nothing)."""
+    place: Place = Field(alias="list")
+    row: Annotated[int, Field(ge=1)]
+    field: ErratumField               # `placement`: why the row should not stand there; prints nothing
+    seed: Line | list[Line] | None
+    corrected: Line | list[Line] | None
+    reason: Line
+    evidence: Line
+
+
+class Entry(Strict):
+    name: Line
+    summary: Annotated[str, Field(max_length=140), AfterValidator(_one_line)]
+    kind: Kind
+    since: Since                      # first public date
+    pending: Flag = False             # true while there is no methods/<slug>.py
+    papers: Annotated[list[Paper], Field(min_length=1)]
+    builds_on: list[Slug] = []
+    models: Annotated[list[Term], Field(min_length=1)]
+    tags: Tags
+    mechanism: Prose
+    rows: list[Row] = []
+    reported: list[Reported] = []
+    fidelity: Fidelity | None = None
+    errata: list[Erratum] = []
+    notes: Prose | None = None
+    _slug: str = PrivateAttr("")
+
+    @property
+    def slug(self) -> str:
+        return self._slug
+
+
+class VocabTerm(Strict):
+    label: Line
+    definition: Line
+    badge: Line | None = None
+    verb: Line | None = None          # of a kind: the name its module offers
+    aliases: list[Line] = []
+    parent: Term | None = None
+
+
+class Axis(Strict):
+    label: Line
+    badge: Line | None = None
+    colour: Literal["blue", "green", "brown", "purple", "orange"] | None = None
+    terms: dict[Term, VocabTerm]
+
+
+class Vocab(Strict):
+    method: Axis
+    application: Axis
+    training: Axis
+    criterion: Axis
+    mechanism: Axis
+    model: Axis
+    kind: Axis
+    fidelity: Axis
+
+    def term(self, axis: str, name: str) -> VocabTerm:
+        return getattr(self, axis).terms[name]
+
+
+class Section(Strict):
+    id: Term
+    text: str                         # Markdown above the first row: heading and intro
+
+
+class TextErratum(Strict):
+    """A correction outside the rows; `corrected` stands once or more in the header or the section texts."""
+    seed: str
+    corrected: Annotated[str, Field(min_length=1)]
+    reason: Line
+    evidence: Line
+
+
+class ListSpec(Strict):
+    title: Line
+    file: _word(r"[A-Z-]+\.md", "a Markdown file name in capitals")
+    axes: list[Literal[TAG_AXES]]
+    link: Literal["abs", "pdf"]       # form of arXiv links
+    header: str
+    sections: Annotated[list[Section], Field(min_length=1)]
+    errata: list[TextErratum] = []
+
+
+def json_schema(vocab: Vocab) -> str:
+    """JSON Schema of an entry for editors, in draft-07 keywords, with the vocabulary filled in."""
+    schema = Entry.model_json_schema(by_alias=True)
+    defs = schema["$defs"]
+    for axis in TAG_AXES:
+        terms = {"enum": list(getattr(vocab, axis).terms)}
+        defs["Tags"]["properties"][axis]["items"] = terms
+        defs["Row"]["properties"][axis]["anyOf"][0]["items"] = terms
+    schema["properties"]["models"]["items"] = {"enum": list(vocab.model.terms)}
+    schema = {"$schema": "http://json-schema.org/draft-07/schema#", **schema}
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
