@@ -1,0 +1,185 @@
+"""The checker: each rule that ties code to entries, the output forms, --fix, and the hash of a method's code."""
+import json
+import subprocess
+import sys
+
+import pytest
+
+from accel_tools import check_catalog
+from accel_tools.catalog import ROOT
+from accel_tools.catalog_bench import measure
+from accel_tools.check_catalog import check
+from accel_tools.code_hash import code_hash
+
+MODULE = "methods/method_2.py"
+ENTRY = "catalog/entries/method_2.yaml"
+
+
+def found(root) -> list[str]:
+    return [str(problem) for problem in check(root)[0]]
+
+
+def test_toy_is_sound(toy):
+    assert found(toy) == []
+
+
+@pytest.mark.parametrize(("file", "old", "new", "expected"), [
+    pytest.param(MODULE, "Method 2 - Made-up", "Method 2 - Made", f"{MODULE}:1: docstring must begin with", id="title"),
+    pytest.param(MODULE, "arXiv 2024.", "ICLR 2025.", "second paragraph of the docstring must be", id="venue"),
+    pytest.param(MODULE, "arXiv:2001.10002", "arXiv:2001.10003", "second paragraph of the docstring", id="arxiv"),
+    pytest.param(MODULE, "owner/method2", "owner/method3", "second paragraph of the docstring must be", id="code"),
+    pytest.param(MODULE, "Given Family2 et al.", "Given Family3 et al.", "second paragraph", id="first author"),
+    pytest.param(MODULE, "def apply(", "def put_on(", "a method of kind patch must define 'apply'", id="verb"),
+    pytest.param(MODULE, "class Config:", "class Options:", "must define 'Config'", id="config"),
+    pytest.param(MODULE, "OFF =", "NONE =", "must define 'OFF'", id="off"),
+    pytest.param(MODULE, "0.5       # r, Sec. 3", "0.5", f"{MODULE}:10: Config.ratio needs a comment", id="comment"),
+    pytest.param(MODULE, "# of the draw, Sec. 3", "#", f"{MODULE}:11: Config.seed needs a comment", id="empty comment"),
+    pytest.param(MODULE, "from dataclasses", "from methods import method_1\nfrom dataclasses",
+                 "imports methods.method_1; catalog/entries/method_2.yaml must list it under builds_on", id="import"),
+    pytest.param(MODULE, "from dataclasses", "from .method_1 import apply as a\nfrom dataclasses",
+                 "must list it under builds_on", id="relative import"),
+    pytest.param(MODULE, "    return merge_0", "    import methods.method_1\n    return merge_0",
+                 "must list it under builds_on", id="import in a function"),
+    pytest.param(MODULE, "from dataclasses", "from accel_kernels.match import match\nfrom dataclasses",
+                 f"{MODULE}:1: imports the kernel 'match', but kernels/_triton/match.py is missing", id="kernel"),
+    pytest.param(MODULE, "from dataclasses", "from accel_kernels import match\nfrom dataclasses",
+                 "but tests/kernels/test_match.py is missing", id="kernel module"),
+    pytest.param(MODULE, "def apply(", "def apply(:", f"{MODULE}:", id="syntax"),
+    pytest.param(MODULE, "OFF = ", "# FILL: more\nOFF = ", f"{MODULE}:14: fill in: more", id="still to write"),
+    pytest.param(ENTRY, "kind: patch", "kind: decoder", "of kind decoder must define 'generate'", id="kind"),
+    pytest.param(ENTRY, "kind: patch", "kind: patch\npending: true", f"{ENTRY}:4: pending: remove this", id="pending"),
+    pytest.param("TOKEN-WISE.md", "[2]", "[ 2]", "TOKEN-WISE.md:1: is stale; run", id="list"),
+    pytest.param("catalog/schema.json", "{", "{ ", "catalog/schema.json:1: is stale; run", id="schema"),
+    pytest.param("README.md", "<!-- list:begin -->", "", "README.md:1: README.md: needs exactly one", id="markers"),
+])
+def test_each_rule(toy, edit, file, old, new, expected):
+    edit(file, old, new)
+    assert any(expected in text for text in found(toy)), found(toy)
+
+
+def test_three_files_belong_together(toy):
+    (toy / "methods/method_1.py").unlink()
+    (toy / "tests/methods/test_method_2.py").unlink()
+    (toy / "methods/lonely.py").write_text("")
+    (toy / "tests/methods/test_strayed.py").write_text("")
+    texts = found(toy)
+    for expected in (
+        "catalog/entries/method_1.yaml:1: methods/method_1.py is missing; write it, or set pending: true",
+        "tests/methods/test_method_1.py:1: methods/method_1.py is missing",
+        "methods/method_2.py:1: tests/methods/test_method_2.py is missing",
+        "methods/lonely.py:1: there is no catalog/entries/lonely.yaml",
+        "tests/methods/test_strayed.py:1: there is no catalog/entries/strayed.yaml",
+    ):
+        assert expected in texts
+
+
+def test_a_method_may_be_a_package(toy):
+    (toy / "methods/method_2").mkdir()
+    (toy / MODULE).rename(toy / "methods/method_2/__init__.py")
+    assert found(toy) == []
+
+
+def test_builds_on_allows_the_import(toy, edit):
+    edit(MODULE, "from dataclasses", "from methods import method_1\nfrom dataclasses")
+    edit(ENTRY, "builds_on: []", "builds_on: [method_1]")
+    assert found(toy) == []
+
+
+def test_fix_renders_and_changes_nothing_else(toy, edit, capsys):
+    edit(ENTRY, "name: Method 2", "name: Renamed")
+    edit(MODULE, "Method 2 - ", "Renamed - ")
+    sources = {path: path.read_bytes() for path in toy.rglob("*.[py]*") if path.suffix in (".py", ".yaml")}
+    assert check_catalog.main(["--root", str(toy)]) == 1
+    assert check_catalog.main(["--root", str(toy), "--fix"]) == 0
+    assert "re-rendered TOKEN-WISE.md" in capsys.readouterr().out
+    assert sources == {path: path.read_bytes() for path in sources}
+    assert found(toy) == []
+
+
+def test_fix_does_not_render_a_broken_catalogue(toy, edit):
+    edit(ENTRY, "name: Method 2", "name: ''")
+    before = (toy / "TOKEN-WISE.md").read_bytes()
+    assert check_catalog.main(["--root", str(toy), "--fix"]) == 1
+    assert (toy / "TOKEN-WISE.md").read_bytes() == before
+
+
+def test_forms_of_output(toy, edit, capsys):
+    edit(ENTRY, "kind: patch", "kind: pach")
+    arguments = ["--root", str(toy), "--format"]
+    assert check_catalog.main([*arguments, "json"]) == 1
+    [problem] = json.loads(capsys.readouterr().out)
+    assert (problem["file"], problem["line"], problem["level"]) == (ENTRY, 3, "error")
+    assert check_catalog.main([*arguments, "github"]) == 1
+    assert capsys.readouterr().out.startswith(f"::error file={ENTRY},line=3::kind: Input should be")
+    assert check_catalog.main([*arguments, "text"]) == 1
+    assert capsys.readouterr().out.startswith(f"{ENTRY}:3: kind:")
+
+
+def test_json_of_a_sound_catalogue_is_an_empty_list(toy, capsys):
+    assert check_catalog.main(["--root", str(toy), "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+# ---- hash of the code --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("old", "new", "same"), [
+    ("# r, Sec. 3", "# another word", True),
+    ('"""Eq. 0: keeps what is alike.', '"""Eq. 0: something else.', True),
+    ("OFF = Config(ratio=0.0)", "OFF = Config( ratio = 0.0 )", True),
+    ("float = 0.5", "float = 0.6", False),
+    ("token.weight > r", "token.weight >= r", False),
+])
+def test_hash_follows_behaviour(toy, edit, old, new, same):
+    before = code_hash("method_2", toy)
+    edit(MODULE, old, new)
+    assert (code_hash("method_2", toy) == before) is same
+
+
+def test_hash_follows_imports_to_any_depth(toy, edit):
+    (toy / "methods/_core").mkdir()
+    (toy / "kernels").mkdir()
+    (toy / "methods/_core/patch.py").write_text("from accel_kernels import merge\n")
+    (toy / "kernels/merge.py").write_text("R = 1\n")
+    edit(MODULE, "from dataclasses", "from methods._core.patch import merge\nfrom dataclasses")
+    before, other = code_hash("method_2", toy), code_hash("method_1", toy)
+    (toy / "kernels/merge.py").write_text("R = 2\n")
+    assert code_hash("method_2", toy) != before
+    assert code_hash("method_1", toy) == other
+
+
+def test_stale_results_warn_and_do_not_fail(toy, edit, capsys):
+    results = toy / "catalog/results"
+    results.mkdir()
+    (results / "method_2.json").write_text(json.dumps({"runs": [{"code_hash": code_hash("method_2", toy)}]}))
+    assert found(toy) == []
+    edit(MODULE, "float = 0.5", "float = 0.6")
+    assert check_catalog.main(["--root", str(toy)]) == 0
+    out = capsys.readouterr().out
+    assert "catalog/results/method_2.json:1: warning: measured with other code" in out and "1 warnings" in out
+    (results / "method_9.json").write_text("{}")
+    (results / "method_1.json").write_text("{")
+    assert check_catalog.main(["--root", str(toy)]) == 1
+
+
+# ---- the real catalogue ------------------------------------------------------------------------------------------
+
+def test_real_catalogue_passes():
+    assert [str(problem) for problem in check(ROOT)[0] if problem.level == "error"] == []
+
+
+def test_real_check_is_quick_and_needs_no_torch():
+    code = "import sys, time; from accel_tools.check_catalog import check; check(); print(time.process_time());" \
+           "assert 'torch' not in sys.modules and 'methods' not in sys.modules"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert float(out) < 2
+
+
+def test_bench_measures_a_sound_catalogue():
+    assert measure(5)["problems"] == 0
+
+
+@pytest.mark.parametrize("tool", ["check_catalog", "render_readme", "new_entry", "export", "catalog_bench"])
+def test_tools_run_as_scripts_and_as_modules(tool):
+    for command in ([f"tools/{tool}.py"], ["-m", f"accel_tools.{tool}"]):
+        done = subprocess.run([sys.executable, *command, "--help"], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stderr
