@@ -1,0 +1,120 @@
+import contract
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from families import FAMILIES
+
+from methods import pfdiff
+from methods._core.solver import DDIMGrid, FlowGrid
+
+
+@pytest.mark.parametrize("check, case", contract.cases(pfdiff, pfdiff.Config(k=1)), ids=contract.name)
+def test_contract(check, case):
+    check(case)
+
+
+PATHS = {(1, 1, 7): [(0, 0, 1), (1, 2, 3), (3, 4, 5), (5, 6, 7)], (2, 1, 10): [(0, 0, 1), (1, 2, 4), (4, 5, 7), (7, 8, 10)],
+         (2, 2, 10): [(0, 0, 1), (1, 3, 4), (4, 6, 7), (7, 9, 10)], (3, 2, 13): [(0, 0, 1), (1, 3, 5), (5, 7, 9), (9, 11, 13)],
+         (3, 2, 3): [(0, 0, 1), (1, 2, 3)], (3, 3, 4): [(0, 0, 1), (1, 2, 4)], (2, 1, 2): [(0, 0, 1), (1, 1, 2)],
+         (1, 1, 1): [(0, 0, 1)], (0, 1, 3): [(0, 0, 1), (1, 1, 2), (2, 2, 3)]}
+
+
+@pytest.mark.parametrize("k, h, grid", PATHS)
+def test_evaluations_and_jumps(k, h, grid):
+    assert pfdiff.jumps(grid, k, h) == PATHS[k, h, grid]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("grid", range(1, 30))
+def test_number_of_evaluations(k, grid):
+    path = pfdiff.jumps(grid, k, 1)
+    assert len(path) == 1 + -(-(grid - 1) // (k + 1))
+    assert [jump.to for jump in path][:-1] == [jump.start for jump in path][1:] and path[-1].to == grid
+
+
+def drive(scheduler, field, k, h, steps, x, **set_timesteps):
+    """Run the solver as a pipeline would, with `field(x, grid point)` for the network."""
+    class Pipe:
+        pass
+    pipe, patch = Pipe(), Pipe()
+    pipe.scheduler, patch.pipe, patch.counts = scheduler, pipe, {"evaluations": 0}
+    solver = pfdiff._Solver(patch, pfdiff.Config(k=k, h=h))
+    solver.set_timesteps(scheduler.set_timesteps, steps, **set_timesteps)
+    seen = []
+    for jump in solver.path:
+        solver.jump = jump
+        at = x if solver.past is None or jump.at == jump.start else solver.springboard(x)
+        seen.append(jump.at)
+        x = solver.step(lambda *a, **k: (None,), field(at, jump.at), None, x)[0]
+    return x, seen
+
+
+@pytest.mark.parametrize("k, h", [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3)])
+@pytest.mark.parametrize("steps", [7, 10, 12])
+def test_a_constant_score_is_one_ddim_step(k, h, steps):
+    scheduler = DDIMScheduler(clip_sample=False)
+    x, eps = torch.randn(2, 1, 3, 4, 4, dtype=torch.float64)
+    out, _ = drive(scheduler, lambda x, at: eps, k, h, steps, x)
+    scheduler.set_timesteps(steps)
+    grid = DDIMGrid(scheduler)
+    torch.testing.assert_close(out, grid.move(x, eps, 0, steps), atol=1e-9, rtol=1e-6)
+
+
+def test_midpoint_rule_on_a_flow_that_is_linear_in_time():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    sigmas = [1 - i / 7 for i in range(7)]
+    out, seen = drive(scheduler, lambda x, at: torch.full_like(x, 1 - at / 7), 1, 1, None, torch.zeros(1, 1), sigmas=sigmas)
+    assert seen == [0, 2, 4, 6]
+    assert float(out) == pytest.approx(-0.5 - (1 / 7) ** 2 / 2, abs=1e-6)
+
+
+def test_a_constant_velocity_is_exact():
+    out, _ = drive(FlowMatchEulerDiscreteScheduler(), lambda x, at: torch.full_like(x, 0.7), 2, 1, 11, torch.ones(1, 1))
+    assert float(out) == pytest.approx(0.3, abs=1e-6)
+
+
+def test_the_jump_starts_from_the_latent_not_from_the_springboard():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(7)
+    grid = FlowGrid(scheduler)
+    velocity = [torch.tensor([[0.3]]), torch.tensor([[-1.1]])]
+    out, _ = drive(FlowMatchEulerDiscreteScheduler(), lambda x, at: velocity[at > 0], 1, 1, 7, torch.ones(1, 1))
+    expected = grid.move(grid.move(torch.ones(1, 1), velocity[0], 0, 1), velocity[1], 1, 7)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_steps_of_one_interval_are_those_of_the_library(prediction):
+    """Where T divides 1000 our grid is the library's, so an ordinary step must be its step."""
+    scheduler = DDIMScheduler(prediction_type=prediction, clip_sample=True, clip_sample_range=1.5)
+    scheduler.set_timesteps(10)
+    grid, x, output = DDIMGrid(scheduler), *torch.randn(2, 1, 3, 4, 4)
+    for i, t in enumerate(scheduler.timesteps):
+        expected = scheduler.step(output, t, x, return_dict=False)[0]
+        torch.testing.assert_close(grid.step(x, output, i, i + 1), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["dit", "sd3"])
+def test_the_network_runs_and_the_bar_counts_evaluations_only(family):
+    pipe, seen = FAMILIES[family].pipe(), []
+    pipe.transformer.register_forward_hook(lambda *_: seen.append(1))
+    with pfdiff.apply(pipe, pfdiff.Config(k=3, h=2)) as patch:
+        FAMILIES[family].run(pipe, steps=13)
+        assert len(seen) == patch.report()["evaluations"] == 4
+
+
+def test_other_solvers_bare_models_and_noise_are_refused():
+    pipe = FAMILIES["unet"].pipe()
+    with pytest.raises(ValueError, match="apply it to the pipeline"):
+        pfdiff.apply(pipe.unet)
+    with pfdiff.apply(pipe), pytest.raises(ValueError, match="eta=0.5 must be 0"):
+        FAMILIES["unet"].run(pipe, eta=0.5)
+    pipe.scheduler = PNDMScheduler()
+    with pytest.raises(ValueError, match="PNDMScheduler is not a first-order solver"):
+        pfdiff.apply(pipe)
+
+
+@pytest.mark.parametrize("wrong, named", [({"k": 4}, "k=4"), ({"k": 1, "h": 2}, "h=2"), ({"k": 2, "h": 0}, "h=0")])
+def test_bad_values_are_named(wrong, named):
+    with pytest.raises(ValueError, match=named):
+        pfdiff.Config(**wrong)
