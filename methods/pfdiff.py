@@ -107,11 +107,12 @@ class _Solver:
         if self.past is None or self.jump.at == self.jump.start:
             return {}
         if context.sample.shape[1:] != self.past.shape[1:]:
-            raise ValueError(f"pfdiff needs the latent alone as the model's input, {tuple(self.past.shape[1:])}; this model is given "
+            raise ValueError(f"pfdiff needs the latent alone, {tuple(self.past.shape[1:])}, as the model's input, not "
                              f"{tuple(context.sample.shape[1:])}")
         name = "sample" if "sample" in context.inputs else "hidden_states"
         t = self.grid.timesteps[self.jump.at] / describe(self.patch.model).timestep_scale
-        return {name: self.springboard(context.sample), "timestep": torch.zeros_like(torch.as_tensor(context.timestep)) + t}
+        given = torch.as_tensor(context.timestep)
+        return {name: self.springboard(context.sample), "timestep": torch.zeros_like(given) + t.to(given)}
 
     def springboard(self, x: Tensor) -> Tensor:
         past = self.past.repeat(len(x) // len(self.past), *[1] * (x.ndim - 1))          # both guidance halves alike

@@ -11,7 +11,7 @@ Map
     Sec. 3.3, s2    control: entropy of the cross-attention               entropy
     Sec. 3.3, s3    staleness: steps since a token was renewed            select
     Sec. 3.3, s4    spatial spread: a bonus for the best of each cell     spread
-    Sec. 3.3, Eq. 7 the sum of the scores, and the top k of it            select
+    Sec. 3.3, Eq. 7  the sum of the scores, and the top k of it           select
     Sec. 3.4        how many, by step, depth and kind of layer            fresh_ratio
     App.            which steps are full                                  full_steps
     Alg. 1          renew the chosen rows, reuse all others               _Branch
@@ -294,7 +294,8 @@ def apply(target: Any, config: Config = Config()) -> Patch:
             text = branch.branch.name == "ff_context"
             importance = branch.scores.importance(tokens, text)
             cells = (height, width, cell, bonus) if flat else None
-            branch.index = select(importance, stale, k, config.interval, config.staleness, cells)
+            index = select(importance, stale, k, config.interval, config.staleness, cells)
+            branch.index = index.clone(memory_format=torch.contiguous_format)
             torch._dynamo.maybe_mark_dynamic(branch.index, 1)           # k changes with every step: compile it once
             patch.counts["rows"] += k
         stale = stale + 1

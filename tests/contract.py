@@ -282,7 +282,8 @@ def half_precision(case: Case) -> None:
     assert out.isfinite().all()
 
 
-CHECKS = [off_is_the_identity, on_changes_the_result_and_costs_less, removal_restores_every_bit, a_second_application_is_refused,
-          runs_leave_nothing_behind, an_interrupted_run_leaves_nothing_behind, image_to_image,
-          two_models_in_two_threads_equal_solo_runs, a_second_thread_in_a_run_is_refused, two_interleaved_pipelines_are_refused,
-          saving_is_clean, a_copy_is_refused, the_global_generator_is_untouched, a_replaced_scheduler_is_noticed, half_precision]
+CHECKS = [off_is_the_identity, on_changes_the_result_and_costs_less, removal_restores_every_bit,
+          a_second_application_is_refused, runs_leave_nothing_behind, an_interrupted_run_leaves_nothing_behind, image_to_image,
+          two_models_in_two_threads_equal_solo_runs, a_second_thread_in_a_run_is_refused,
+          two_interleaved_pipelines_are_refused, saving_is_clean, a_copy_is_refused,
+          the_global_generator_is_untouched, a_replaced_scheduler_is_noticed, half_precision]

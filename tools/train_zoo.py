@@ -65,7 +65,7 @@ class Run:
         self.step += 1
         decay = min(self.average, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            for kept, new in zip(self.averaged.state_dict().values(), self.model.state_dict().values()):
+            for kept, new in zip(self.averaged.state_dict().values(), self.model.state_dict().values(), strict=True):
                 if kept.is_floating_point():
                     kept.lerp_(new, 1 - decay)
                 else:
@@ -154,7 +154,8 @@ def train_judge(seed: int, scale: float) -> None:
 @torch.no_grad()
 def judge_metrics() -> dict:
     """Held-out accuracy; and the Frechet distance between disjoint real sets, the floor of every other one."""
-    from methods._zoo import judge as zoo_judge, load_judge
+    from methods._zoo import judge as zoo_judge
+    from methods._zoo import load_judge
     judge = load_judge()
     x, y = digits.split(held_out=True)
     features = judge.features(x)
@@ -198,8 +199,8 @@ def train_dit(seed: int, scale: float) -> None:
         def loss_of(run):
             x0, label = batch(run, images, y, per_step)
             label = torch.where(torch.rand(per_step, generator=run.random) < 0.1, NULL_CLASS, label)
-            spread = (torch.randperm(per_step, generator=run.random) + torch.rand(per_step, generator=run.random)) / per_step
-            t = (spread * 1000).long().clamp(max=999)                               # stratified: every batch covers all noise levels
+            spread = torch.randperm(per_step, generator=run.random) + torch.rand(per_step, generator=run.random)
+            t = (spread / per_step * 1000).long().clamp(max=999)               # stratified: a batch covers all noise levels
             noise = torch.randn(x0.shape, generator=run.random)
             a, s = signal[t].view(-1, 1, 1, 1), noise_level[t].view(-1, 1, 1, 1)
             noisy, target = a * x0 + s * noise, a * noise - s * x0                  # v-prediction
@@ -240,7 +241,8 @@ def sample_metrics(n: int = 500, steps: int = 50, guidance: float = 2.0, seed: i
     from safetensors.torch import load_file
 
     import methods
-    from methods._zoo import judge as zoo_judge, load_judge
+    from methods._zoo import judge as zoo_judge
+    from methods._zoo import load_judge
     pipe, judge = methods.tiny("dit"), load_judge()
     pipe.set_progress_bar_config(disable=True)
     labels = torch.arange(n) % 10
@@ -275,7 +277,7 @@ def write_weights(name: str, model: nn.Module) -> Path:
 def write_card(name: str, weights: Path, run: Run, *, config: dict, metrics: dict, data: str, batch: int) -> None:
     card = {"name": name, "config": config, "data": data, "command": f"python tools/train_zoo.py {name}",
             "seed": run.seed, "steps": run.steps, "batch": batch, "seconds": round(run.seconds),
-            "hardware": f"{torch.get_num_threads()} CPU threads" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
+            "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads",
             "torch": torch.__version__, "bytes": weights.stat().st_size,
             "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(), "metrics": metrics,
             "loss": run.losses[:: max(1, len(run.losses) // 100)]}

@@ -54,7 +54,7 @@ def split_target(target: Any) -> tuple[Any | None, nn.Module]:
             return target, getattr(model, "_orig_mod", model)
     if isinstance(target, nn.Module):
         return None, getattr(target, "_orig_mod", target)
-    raise TypeError(f"expected a diffusers pipeline with a `unet` or `transformer`, or that model; got {type(target).__name__}")
+    raise TypeError(f"expected a diffusers pipeline with a `unet` or `transformer`, or that model, not {type(target).__name__}")
 
 
 class _Uncopied:
@@ -68,7 +68,7 @@ class _Uncopied:
         return self.function(*args, **kwargs)
 
     def __deepcopy__(self, memo):
-        raise RuntimeError("a patched model or scheduler cannot be copied: the copy would share its state; remove the patches first")
+        raise RuntimeError("a patched model or scheduler cannot be copied: the copy would share its state; remove the patches")
 
 
 class Run:
@@ -123,7 +123,7 @@ class Run:
 
         def steps(*args, **kwargs):
             if self.scheduler is not scheduler:
-                raise RuntimeError("two pipelines are driving one patched model at the same time; give each its own copy of the model")
+                raise RuntimeError("two pipelines are driving one patched model at once; give each its own copy of the model")
             self.stepped = True
             solver = self._solver()
             return solver.step(step, *args, **kwargs) if solver else step(*args, **kwargs)
@@ -169,7 +169,7 @@ class Run:
         for pipe in pipes:
             if id(pipe.scheduler) not in self.watched:             # replaced since the patch was applied, and already started
                 if self._solver():
-                    raise RuntimeError("the pipeline's scheduler was replaced under a solver-level patch: apply the patch again")
+                    raise RuntimeError("the scheduler was replaced under a solver-level patch: apply the patch again")
                 self._watch(pipe.scheduler)
                 self.scheduler = pipe.scheduler
                 self.restart()
@@ -183,16 +183,16 @@ class Run:
         elif not pipes or self.stepped:
             self.i, self.calls, self.stepped = self.i + 1, 0, False
             if self.steps is not None and self.i >= self.steps:
-                raise RuntimeError(f"step {self.i} of a run of {self.steps}: the patched model is called from outside its pipeline's "
-                                   "run; call patch.reset(), or use a separate model")
+                raise RuntimeError(f"step {self.i} of a run of {self.steps}: the patched model is called from outside its "
+                                   "pipeline's run; call patch.reset(), or use a separate model")
         else:
             self.calls += 1
             before_t, before_x = self.last
             same = before_x.shape == sample.shape and torch.equal(before_x, sample) and bool(
                 torch.equal(torch.as_tensor(before_t), torch.as_tensor(timestep)))
             if not same:
-                raise RuntimeError("the patched model was called twice in one step with different latents: two pipelines are driving "
-                                   "it, or it is used outside its run; give each its own copy of the model")
+                raise RuntimeError("the patched model was called twice in one step with different latents: two pipelines are "
+                                   "driving it, or it is used outside its run; give each its own copy of the model")
         self.last = timestep, sample
         fresh = self.shapes.get(self.calls) != sample.shape
         self.shapes[self.calls] = sample.shape

@@ -36,9 +36,10 @@ class Block:
     """One transformer block.
 
     `level` is the downsampling level in a UNet and 0 elsewhere; `index` counts the blocks in execution order. `attn` is the
-    self-attention and `norm` the module before it, whose first argument is the block's input. `stream` says what it is called with: "image" -> attn(x, ...) gives x; "joint" ->
-    attn(hidden_states=x, encoder_hidden_states=text, ...) gives (x, text); "fused" -> attn(hidden_states=[text, x]) in one
-    sequence. `rotary`: positions enter inside the attention. `temporal`: tokens are the frames at one place.
+    self-attention and `norm` the module before it, whose first argument is the block's input. `stream` says what the
+    attention is called with: "image" -> attn(x, ...) gives x; "joint" -> attn(hidden_states=x, encoder_hidden_states=text)
+    gives (x, text); "fused" -> attn(hidden_states=[text, x]), one sequence. `rotary`: positions enter inside the attention.
+    `temporal`: tokens are the frames at one place.
     """
 
     module: nn.Module
@@ -56,7 +57,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A described model. `grid(inputs, block)` -> (frames, height, width) of the block's image tokens for these forward inputs."""
+    """A described model. `grid(inputs, block)` -> (frames, height, width) of the block's image tokens, for these inputs."""
 
     family: str
     model: nn.Module
@@ -70,8 +71,11 @@ class Denoiser:
 
 @dataclass(frozen=True)
 class Stage:
-    """One block of a UNet: `side` is "down", "mid" or "up", `number` counts from the full-resolution end, `layers` are its
-    (resnet, attention or None) pairs in execution order, `sampler` the down- or upsampler that follows them."""
+    """One block of a UNet.
+
+    `side` is "down", "mid" or "up"; `number` counts from the full-resolution end; `layers` are (resnet, attention or None)
+    pairs in execution order; `sampler` is the down- or upsampler that follows them.
+    """
 
     module: nn.Module
     side: str
@@ -85,7 +89,8 @@ def _basic(module: nn.Module, index: int, level: int = 0, temporal: bool = False
     if module.attn2 is not None:
         branches.append(Branch("cross", module.attn2))
     branches.append(Branch("ff", module.ff))
-    return Block(module, index, level, module.norm1, module.attn1, module.attn2, module.ff, "image", tuple(branches), temporal=temporal)
+    return Block(module, index, level, module.norm1, module.attn1, module.attn2, module.ff, "image", tuple(branches),
+                 temporal=temporal)
 
 
 def _patch_grid(model: nn.Module) -> Callable:

@@ -25,6 +25,7 @@ class Site:
 
     def __init__(self, module: nn.Module):
         self.original = module.__dict__.get("forward")     # another library's instance-level forward, if any
+        self.forward = type(module).forward                 # held as a function: the compiler does not look it up on a class
         self.arounds: list[tuple[int, Patch, Callable]] = []
         self.opaque: Patch | None = None                    # computes the module itself, so nothing can sit inside it
 
@@ -43,7 +44,7 @@ def _call(module: nn.Module, depth: int, args: tuple, kwargs: dict):
         return site.arounds[depth][2](functools.partial(_next, module, depth + 1), *args, **kwargs)
     if site.original is not None:
         return site.original(*args, **kwargs)
-    return type(module).forward(module, *args, **kwargs)
+    return site.forward(module, *args, **kwargs)
 
 
 def _next(module: nn.Module, depth: int, *args, **kwargs):

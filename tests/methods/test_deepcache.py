@@ -53,7 +53,8 @@ def test_what_runs_on_shallow_steps(sd15, branch):
     stages = [stage for stage in describe(sd15).unet if stage.side != "mid"]
     for stage in stages:
         for layer in stage.layers:
-            handles.append(layer[0].conv1.register_forward_hook(lambda *_, key=(stage.side, stage.number): calls.append(key)))
+            key = stage.side, stage.number
+            handles.append(layer[0].conv1.register_forward_hook(lambda *_, key=key: calls.append(key)))
         if stage.side == "down" and stage.sampler is not None:
             handles.append(stage.sampler.conv.register_forward_hook(lambda *_: calls.append("sampler")))
     middle = sd15.mid_block.resnets[0].conv1.register_forward_hook(lambda *_: calls.append("mid"))
@@ -101,7 +102,8 @@ def test_nonuniform_runs_in_a_pipeline():
     assert len(seen) == 10
 
 
-@pytest.mark.parametrize("wrong, named", [({"interval": 0}, "interval=0"), ({"branch": -1}, "branch=-1"), ({"power": 1.0}, "power=1.0")])
+@pytest.mark.parametrize("wrong, named", [({"interval": 0}, "interval=0"), ({"branch": -1}, "branch=-1"),
+                                          ({"power": 1.0}, "power=1.0")])
 def test_bad_values_are_named(wrong, named):
     with pytest.raises(ValueError, match=named):
         deepcache.Config(**wrong)

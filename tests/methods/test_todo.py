@@ -12,9 +12,9 @@ def test_contract(check, case):
     check(case)
 
 
-@pytest.mark.parametrize("factor, method, rows", [(2, "nearest", [0, 2, 4, 6, 8, 10]), (3, "nearest", [0, 3, 6, 9]),
-                                                  (2, "nearest-exact", [1, 3, 5, 7, 9, 11]), (3, "nearest-exact", [1, 4, 7, 10]),
-                                                  (4, "nearest-exact", [2, 6, 10])])
+@pytest.mark.parametrize("factor, method, rows", [
+    (2, "nearest", [0, 2, 4, 6, 8, 10]), (3, "nearest", [0, 3, 6, 9]), (2, "nearest-exact", [1, 3, 5, 7, 9, 11]),
+    (3, "nearest-exact", [1, 4, 7, 10]), (4, "nearest-exact", [2, 6, 10])])
 def test_chosen_rows(factor, method, rows):
     assert todo.subgrid(1, 12, 1, factor, method).tolist() == rows
 
@@ -31,13 +31,9 @@ def test_subgrid_is_nearest_neighbour_interpolation(height, width, factor, metho
 def attention(x, index):
     torch.manual_seed(0)
     attn = Attention(query_dim=x.shape[-1], heads=2, dim_head=4).to(x.dtype)
-    return attn(x), todo._Downsample().__class__.image(_with(index), attn, x)
-
-
-def _with(index):
     downsample = todo._Downsample()
     downsample.index = index
-    return downsample
+    return attn(x), downsample.image(attn, x)
 
 
 def test_exact_where_cells_are_constant():

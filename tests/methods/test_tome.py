@@ -23,7 +23,8 @@ def test_worked_by_hand():
     plan = plan_of(x, 2, 2, 0.5)                                           # cosines to t0: 1, 0, 0.707
     torch.testing.assert_close(plan.reduce(x), torch.tensor([[[0.0, 1], [1, 1 / 3]]]))
     merged = torch.tensor([1, 1 / 3])
-    torch.testing.assert_close(plan.restore(plan.reduce(x)), torch.stack([merged, merged, torch.tensor([0.0, 1]), merged])[None])
+    expected = torch.stack([merged, merged, torch.tensor([0.0, 1]), merged])[None]
+    torch.testing.assert_close(plan.restore(plan.reduce(x)), expected)
 
 
 @pytest.mark.parametrize("ratio, rows", [(0.5, 2048), (0.9, 1024), (0.0, 4096)])

@@ -1,0 +1,163 @@
+"""The patch itself, with the cases that a registry of hooks gets wrong."""
+import copy
+
+import pytest
+import torch
+from families import FAMILIES
+
+from methods import deepcache, fora, pfdiff, todo, toca, tome
+from methods._core.patch import TOKENS, Patch
+
+
+@pytest.fixture
+def model():
+    return FAMILIES["dit"].pipe().transformer
+
+
+def call(model):
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    return model(x, torch.tensor([10, 10]), torch.tensor([3, 4])).sample
+
+
+def scaled(factor):
+    return lambda forward, *args, **kwargs: forward(*args, **kwargs) * factor
+
+
+def passing(forward, *args, **kwargs):
+    return forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("first_off", [0, 1])
+def test_patches_come_off_in_any_order(model, first_off):
+    plain, attn = call(model), model.transformer_blocks[1].attn1
+    patches = [Patch(model, "outer"), Patch(model, "inner", depth=TOKENS)]
+    for patch, factor in zip(patches, (2.0, 0.25), strict=True):
+        patch.around(attn, scaled(factor))
+    both = call(model)
+    patches[first_off].remove()
+    one = call(model)
+    assert not torch.equal(one, both) and not torch.equal(one, plain)
+    patches[1 - first_off].remove()
+    assert torch.equal(call(model), plain)
+    assert "forward" not in vars(attn) and "_patch_run" not in vars(model)
+
+
+def test_caches_stand_outside_token_reducers_whatever_the_order(model):
+    attn, order = model.transformer_blocks[0].attn1, []
+
+    def note(name):
+        def around(forward, *args, **kwargs):
+            order.append(name)
+            return forward(*args, **kwargs)
+        return around
+
+    with Patch(model, "tokens", depth=TOKENS) as tokens, Patch(model, "cache") as cache:
+        tokens.around(attn, note("tokens"))
+        cache.around(attn, note("cache"))
+        call(model)
+    assert order == ["cache", "tokens"]
+
+
+def test_a_failed_application_leaves_nothing(model):
+    plain, attn = call(model), model.transformer_blocks[0].attn1
+    with Patch(model, "one") as one:
+        one.around(attn, passing)
+        two = Patch(model, "two")
+        with pytest.raises(ValueError, match="two and one cannot stack: both cache the output"):
+            two.around(attn, passing)
+        assert one.run.patches == [one]
+    assert torch.equal(call(model), plain)
+
+
+def test_another_librarys_forward_is_kept(model):
+    """accelerate and others replace `forward` on the instance, before or after us."""
+    attn = model.transformer_blocks[0].attn1
+    before = attn.forward
+    attn.forward = lambda *args, **kwargs: before(*args, **kwargs) * 3
+    theirs = call(model)
+    with Patch(model, "ours") as patch:
+        patch.around(attn, passing)
+        assert torch.equal(call(model), theirs)
+    assert torch.equal(call(model), theirs)
+
+
+def test_a_forward_put_over_ours_survives_our_removal(model):
+    plain, attn = call(model), model.transformer_blocks[0].attn1
+    patch = Patch(model, "ours")
+    patch.around(attn, scaled(0.5))
+    ours = attn.forward
+    attn.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    patch.remove()
+    assert torch.equal(call(model), plain)
+    with Patch(model, "again") as again:
+        again.around(attn, scaled(0.5))
+        assert not torch.equal(call(model), plain)
+    assert torch.equal(call(model), plain)
+
+
+def test_an_unpatched_copy_has_its_own_weights(model):
+    with Patch(model, "ours") as patch:
+        patch.around(model.transformer_blocks[0].attn1, passing)
+        with pytest.raises(RuntimeError, match="cannot be copied"):
+            copy.deepcopy(model)
+        with pytest.raises(RuntimeError, match="cannot be copied"):
+            copy.deepcopy(model.transformer_blocks[0])
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.transformer_blocks[0].attn1.to_v.weight.zero_()
+    assert not torch.equal(call(twin), call(model))
+
+
+def test_a_patched_scheduler_is_not_copied_half():
+    pipe = FAMILIES["dit"].pipe()
+    with fora.apply(pipe):
+        with pytest.raises(RuntimeError, match="cannot be copied"):
+            copy.deepcopy(pipe.scheduler)
+        assert copy.deepcopy(pipe.scheduler.config)
+    copy.deepcopy(pipe.scheduler)
+
+
+def test_not_a_pipeline_is_named():
+    with pytest.raises(TypeError, match="expected a diffusers pipeline .* not Linear|Linear is not a denoiser"):
+        tome.apply(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="not str"):
+        tome.apply("stable-diffusion")
+
+
+PAIRS = {("unet", tome, deepcache): True, ("unet", todo, deepcache): True, ("dit", tome, fora): True, ("dit", todo, fora): True,
+         ("dit", pfdiff, fora): True, ("dit", pfdiff, toca): True, ("dit", pfdiff, tome): True, ("unet", pfdiff, deepcache): True,
+         ("dit", tome, todo): False, ("dit", fora, toca): False, ("dit", tome, toca): False, ("dit", todo, toca): False}
+
+
+@pytest.mark.parametrize("family, a, b", PAIRS, ids=lambda v: getattr(v, "__name__", v).removeprefix("methods."))
+def test_pairs_stack_in_any_order_or_say_why_not(family, a, b):
+    run = FAMILIES[family].run
+    if not PAIRS[family, a, b]:
+        for first, second in ((a, b), (b, a)):
+            pipe = FAMILIES[family].pipe()
+            with first.apply(pipe), pytest.raises(ValueError, match="cannot stack: "):
+                second.apply(pipe)
+        return
+    results = []
+    for first, second in ((a, b), (b, a)):
+        pipe = FAMILIES[family].pipe()
+        plain = run(pipe, steps=7)
+        with first.apply(pipe) as p, second.apply(pipe) as q:
+            results.append(run(pipe, steps=7))
+            assert p.report()["state"] == q.report()["state"] == "engaged"
+            p.remove()                                               # the first one on comes off first
+        assert torch.equal(run(pipe, steps=7), plain)
+        assert not torch.equal(results[-1], plain)
+    assert torch.equal(*results)
+
+
+def test_report_counts_what_runs_under_a_cache():
+    """tome merges only where fora lets the attention run."""
+    pipe = FAMILIES["dit"].pipe()
+    ran = []
+    for block in pipe.transformer.transformer_blocks:
+        block.attn1.to_q.register_forward_hook(lambda m, a, out: ran.append(out.shape[1]))
+    with tome.apply(pipe) as patch, fora.apply(pipe):
+        FAMILIES["dit"].run(pipe, steps=7)
+        assert patch.report()["merged"] == len(ran)
+    assert set(ran) == {32}
