@@ -1,4 +1,4 @@
 """One module per catalogue entry: `from methods import tome`. Underscored packages are shared machinery."""
-from methods._zoo import tiny
+from methods._zoo import card, tiny
 
-__all__ = ["tiny"]
+__all__ = ["card", "tiny"]

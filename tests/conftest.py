@@ -9,5 +9,19 @@ warnings.filterwarnings("ignore", message=".*should be kept in float32.*")
 torch.set_num_threads(1)          # tests run in parallel processes
 
 
+SLOW = ("test_contract", "core/test_compile.py", "site/test_site.py", "test_compile_kernels.py", "mutat",
+        "test_imports_do_without", "test_compatibility.py", "test_examples.py", "test_train", "test_bench")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: runs many pipelines, a browser or a compiler; left out of make test-fast")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if any(part in item.nodeid for part in SLOW):
+            item.add_marker("slow")
+
+
 def pytest_addoption(parser):
     parser.addoption("--update", action="store_true", help="write golden files anew instead of comparing with them")

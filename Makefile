@@ -1,0 +1,55 @@
+# Everything runs in .venv, made from constraints.txt on first use.
+PYTHON ?= python3
+SERVE ?= 1
+BIN := .venv/bin
+TOOLS := .venv/tools.stamp
+TESTS := .venv/tests.stamp
+export NO_MKDOCS_2_WARNING := 1
+
+.PHONY: run test test-fast check lists site report bench clean
+
+run: $(TOOLS)            ## check, render, generate, build the site and serve it (SERVE=0: only build)
+	$(BIN)/python tools/check_catalog.py --fix
+	$(BIN)/python tools/report.py
+	$(BIN)/mkdocs build --quiet
+	@if [ "$(SERVE)" = 0 ]; then echo "built build/report/index.html and build/site/index.html"; \
+	else $(BIN)/python tools/serve.py; fi
+
+test: $(TESTS)           ## everything
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+test-fast: $(TESTS)      ## what needs no pipeline, browser or compiler
+	$(BIN)/python -m pytest -q -n 2 -m "not slow" -x
+
+check: $(TESTS)          ## catalogue, generated files, style
+	$(BIN)/python tools/check_catalog.py
+	$(BIN)/python tools/render_readme.py --check
+	$(BIN)/ruff check .
+
+lists: $(TOOLS)          ## README summary and the two lists
+	$(BIN)/python tools/render_readme.py
+
+site: $(TOOLS)
+	$(BIN)/mkdocs build
+
+report: $(TOOLS)
+	$(BIN)/python tools/report.py
+
+bench: $(TESTS)
+	$(BIN)/python tools/bench.py
+
+clean:
+	rm -rf build .venv
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "genaccel needs Python 3.11 or newer; this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+
+$(TOOLS): .venv/bin/python pyproject.toml constraints.txt
+	@echo "installing (a few minutes the first time)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[tools]'
+	@touch $@
+
+$(TESTS): $(TOOLS)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[tools,test,peers]'
+	@touch $@

@@ -1,0 +1,93 @@
+"""Who may import what, read from the source. The layers are told in site/guide/architecture.md."""
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+ENTRIES = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "catalog/entries").glob("*.yaml")}
+DRAWERS = {"utils", "util", "helpers", "common", "base", "manager", "misc"}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def tops(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def files(folder: str, pattern: str = "*.py") -> list[Path]:
+    return sorted((ROOT / folder).rglob(pattern))
+
+
+def test_kernels_know_only_torch_and_triton_stays_in_its_folder():
+    for path in files("kernels"):
+        third_party = tops(path) - set(sys.stdlib_module_names) - {"accel_kernels"}
+        allowed = {"torch", "triton"} if path.parent.name == "_triton" else {"torch"}
+        assert third_party <= allowed, path
+    for path in [*files("methods"), *files("tools")]:
+        assert "triton" not in tops(path) or path.name in ("compile_kernels.py", "kernel_bench.py"), path
+
+
+def test_core_and_zoo_know_no_method_and_no_tool():
+    for path in [*files("methods/_core"), *files("methods/_zoo")]:
+        assert not {f"methods.{slug}" for slug in ENTRIES} & imports(path), path
+        assert "accel_tools" not in tops(path), path
+
+
+def test_methods_import_only_what_their_entry_builds_on():
+    for path in files("methods", "[a-z]*.py"):
+        if path.parent != ROOT / "methods":
+            continue
+        entry, names = ENTRIES[path.stem], imports(path)
+        others = {name.split(".")[1] for name in names if name.startswith("methods.")} & set(ENTRIES)
+        assert others <= set(entry["builds_on"]), path
+        assert not tops(path) & {"accel_tools", "tests"}, path
+        if entry["kind"] in ("patch", "parallel"):
+            assert not tops(path) & {"diffusers", "transformers"}, path
+
+
+def test_a_method_can_be_read_in_one_sitting():
+    for slug in ENTRIES:
+        path = ROOT / f"methods/{slug}.py"
+        if path.exists():
+            assert len(path.read_text().splitlines()) <= 350, path
+
+
+def test_no_drawers():
+    for folder in ("methods", "kernels", "tools"):
+        assert not [path for path in files(folder) if path.stem.strip("_") in DRAWERS]
+
+
+def test_kernels_is_not_the_package_that_transformers_probes_for():
+    assert not (ROOT / "kernels/__init__.py").exists()
+    for folder in ("methods", "kernels", "tools", "tests"):
+        for path in files(folder):
+            assert "kernels" not in tops(path), path
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("kernels")
+
+
+@pytest.mark.parametrize("blocked, code", [
+    ("triton", "from methods import tome; import torch; from accel_kernels.merge import merge, segments;"
+               "merge(torch.ones(1, 4, 2), segments(torch.zeros(1, 4, dtype=torch.long), 1))"),
+    ("pydantic", "from methods import tome, fora"), ("jinja2", "from methods import tiny"), ("pytest", "from methods import tome"),
+    ("torch", "import accel_tools.check_catalog, accel_tools.render_readme, accel_tools.render_site, accel_tools.export")])
+def test_imports_do_without(blocked, code):
+    """The library needs no development dependency and no triton; the catalogue tools need no torch."""
+    script = f"import sys; sys.modules[{blocked!r}] = None; {code}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]

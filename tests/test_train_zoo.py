@@ -1,0 +1,43 @@
+"""A training run that is stopped and called again ends where an unbroken one ends, bit for bit."""
+import pytest
+import torch
+from accel_tools import train_zoo
+from torch import nn
+
+
+def fresh(steps=6):
+    torch.manual_seed(0)
+    return train_zoo.Run(nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1)), steps=steps, lr=1e-2, average=0.9)
+
+
+def loss_of(run):
+    x = torch.randn(16, 4, generator=run.random)
+    return (run.model(x) - x.sum(1, keepdim=True)).square().mean()
+
+
+def test_resuming_is_exact(tmp_path):
+    whole, first, second = fresh(), fresh(), fresh()
+    train_zoo.train(whole, loss_of, tmp_path / "whole.ckpt")
+    torch.manual_seed(0)
+    fresh()
+    train_zoo.train(first, loss_of, tmp_path / "parts.ckpt", until=3)
+    torch.manual_seed(99)                                    # whatever happened in between
+    train_zoo.train(second, loss_of, tmp_path / "parts.ckpt")
+    assert second.step == whole.step == 6
+    for name, value in whole.averaged.state_dict().items():
+        assert torch.equal(value, second.averaged.state_dict()[name]), name
+    assert whole.losses[-1][0] == second.losses[-1][0] == 6
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    train_zoo.train(fresh(), loss_of, tmp_path / "run.ckpt")
+    with pytest.raises(ValueError, match="belongs to a run of 6 steps, not 9"):
+        train_zoo.train(fresh(steps=9), loss_of, tmp_path / "run.ckpt")
+
+
+def test_positions_of_the_coarse_grid_lie_between_those_of_the_fine_one():
+    coarse, fine = train_zoo.position_embedding(8, 16, 32), train_zoo.position_embedding(16, 16, 32)
+    assert coarse.shape == (1, 64, 32) and fine.shape == (1, 256, 32)
+    nearest = torch.cdist(coarse[0], fine[0]).argmin(1)
+    rows, cols = nearest // 16, nearest % 16
+    assert set((rows // 2).tolist()) == set(range(8)) and torch.equal(cols // 2, torch.arange(8).repeat(8))

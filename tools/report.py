@@ -1,0 +1,108 @@
+"""Run the bundled model plain and with every method that works on it, and show what each costs and saves.
+
+`python tools/report.py` writes `build/report/index.html`: a picture of each run side by side, and a table with the
+fewer-steps run of equal cost under every method. An unchanged tree keeps its report.
+"""
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import jinja2
+import torch
+from PIL import Image
+from torch import Tensor
+
+import methods
+from accel_tools.arms import Arm, sample
+from accel_tools.macs import count_macs, equal_cost_steps
+from accel_tools.quality import psnr, quality, ssim
+
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "build/report"
+STEPS, GUIDANCE, ROWS = 20, 2.0, 4
+DIGITS = list(range(10)) * ROWS
+ARMS = {"tome": {"ratio": 0.5}, "todo": {"factor": 2}, "fora": {"interval": 2}, "toca": {}, "pfdiff": {"k": 1, "h": 1}}
+
+
+def state_of_the_code() -> str:
+    """A hash of everything the report depends on."""
+    files = [path for folder in ("methods", "kernels", "tools") for path in sorted((ROOT / folder).rglob("*"))
+             if path.suffix in (".py", ".safetensors", ".j2") and path.is_file()]
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in files:
+        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def measure(pipe, arm: Arm) -> tuple[dict, Tensor]:
+    """One arm: seconds for all digits, MACs an image, what the patch says it did, and the images."""
+    with arm.applied(pipe) as patch:
+        macs = count_macs(lambda: sample(pipe, arm.steps, [0], guidance=GUIDANCE))
+        clock = time.perf_counter()
+        images = sample(pipe, arm.steps, DIGITS, guidance=GUIDANCE)
+        seconds = time.perf_counter() - clock
+        report = patch.report() if patch else {}
+    return {"steps": arm.steps, "config": arm.config, "seconds": seconds, "macs": macs, "report": report,
+            "quality": quality(images, torch.tensor(DIGITS))}, images
+
+
+def picture(images: Tensor) -> str:
+    """Images (n, 1, H, W) in [0, 1] as one grid of ten columns, a PNG in a data address."""
+    n, _, height, width = images.shape
+    grid = images.reshape(n // 10, 10, height, width).transpose(1, 2).reshape(n // 10 * height, 10 * width)
+    png = io.BytesIO()
+    Image.fromarray((grid * 255).round().byte().numpy()).resize((10 * width * 2, n // 10 * height * 2), 0).save(png, "PNG")
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--force", action="store_true", help="measure again although nothing changed")
+    args = parser.parse_args(argv)
+    key, stamp = state_of_the_code(), OUT / "state"
+    if not args.force and stamp.exists() and stamp.read_text() == key:
+        print(f"{OUT / 'index.html'} is up to date")
+        return 0
+    if unknown := set(ARMS) - {path.stem for path in (ROOT / "methods").glob("[a-z]*.py")}:
+        raise SystemExit(f"report: no such method: {', '.join(sorted(unknown))}")
+    pipe = methods.tiny("dit")
+    print(f"generating {len(DIGITS)} digits in {STEPS} steps, plain and with {len(ARMS)} methods", flush=True)
+    sample(pipe, 2, [0], guidance=GUIDANCE)                                    # first calls are slow
+    plain, base = measure(pipe, Arm(STEPS))
+    plain |= {"name": "plain", "speedup": 1.0, "picture": picture(base)}
+    rows, fewer = [plain], {}
+    for number, (slug, config) in enumerate(ARMS.items(), 1):
+        print(f"  {number}/{len(ARMS)} {slug}", flush=True)
+        arm = Arm(STEPS, slug, config)
+        row, images = measure(pipe, arm)
+        steps = equal_cost_steps(row["macs"], plain["macs"], STEPS)
+        if steps not in fewer:
+            fewer[steps] = measure(pipe, Arm(steps))
+        for each, what in ((row, slug), (dict(fewer[steps][0]), f"plain, {steps} steps")):
+            shown = images if each is row else fewer[steps][1]
+            rows.append(each | {"name": what, "speedup": plain["seconds"] / each["seconds"], "picture": picture(shown),
+                                "psnr": psnr(shown, base), "ssim": ssim(shown, base)})
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
+                                     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    card = methods.card("dit")
+    page = environment.get_template("report.html.j2").render(
+        rows=rows, card=card, guidance=GUIDANCE, threads=torch.get_num_threads(), torch=torch.__version__, n=len(DIGITS))
+    OUT.mkdir(parents=True, exist_ok=True)
+    for path, text in ((OUT / "index.html", page), (OUT / "report.json", json.dumps(
+            [{k: v for k, v in row.items() if k != "picture"} for row in rows], indent=1)), (stamp, key)):
+        path.with_suffix(".tmp").write_text(text, encoding="utf-8")
+        os.replace(path.with_suffix(".tmp"), path)
+    print(f"wrote {OUT / 'index.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
