@@ -7,9 +7,10 @@ connections does not. Every N-th step runs the whole UNet and keeps the feature 
 steps between run only the layers above that point, fed with fresh skips and the kept feature.
 
 Map
-    Sec. 3.2, Eq. 5  keep the feature entering an up layer            _Skip
-    Sec. 3.2, Eq. 6  leave out what lies below the branch             branch_point, deep_modules
-    Sec. 3.3         uniform 1:N and non-uniform schedules            uniform_steps, nonuniform_steps
+    full step      keep the feature that enters an up layer            _Skip
+    retrieve step  leave out what lies below the branch               branch_point, deep_modules
+    1:N inference  uniform schedule                                   uniform_steps
+    1:N inference  non-uniform schedule                               nonuniform_steps
 
 Departures
     Only the one feature that is read again is kept. The official extension keeps the output of every module it wraps.
@@ -41,10 +42,10 @@ __all__ = ["OFF", "Config", "apply", "branch_point", "deep_modules", "nonuniform
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    interval: int = 5             # N, Sec. 3.3: one full step in N
-    branch: int = 0               # skip connection above which everything is fresh, counted from the output, Sec. 3.2
-    power: float | None = None    # p of the non-uniform schedule, App. B (1.4 for SD); None: uniform
-    center: int = 15              # c of the non-uniform schedule: where full steps are densest, App. B
+    interval: int = 5             # N: one full step in N; default of the official README
+    branch: int = 0               # skip connection above which everything is fresh, counted from the output
+    power: float | None = None    # p of the non-uniform schedule (1.4 for SD in the official code); None: uniform
+    center: int = 15              # c of the non-uniform schedule: where full steps are densest
 
     def __post_init__(self):
         if self.interval < 1:
@@ -59,15 +60,16 @@ OFF = Config(interval=1)
 
 
 def uniform_steps(steps: int, interval: int) -> list[int]:
-    """Sec. 3.3: full steps of the uniform 1:N schedule."""
+    """1:N inference: full steps of the uniform 1:N schedule."""
     return list(range(0, steps, interval))
 
 
 def nonuniform_steps(steps: int, interval: int, center: int, power: float) -> list[int]:
-    """App. B: ceil(T / N) full steps, densest around `center`.
+    """1:N inference, non-uniform: ceil(T / N) full steps, densest around `center`.
 
     Equally spaced points between the complex roots (-c)^(1/p) and (T - c)^(1/p) are raised to the power p again; real
-    parts, cut to integers and shifted by c, are the full steps. The power shrinks by 0.02 until they are all distinct.
+    parts are cut to integers; the distinct ones but the lowest and the highest, shifted by c, are the full steps after step 0.
+    The power shrinks by 0.02 until there are enough of them.
 
     Raises:
         ValueError: no power above 1 gives enough distinct steps.
@@ -75,15 +77,15 @@ def nonuniform_steps(steps: int, interval: int, center: int, power: float) -> li
     count = -(-steps // interval)
     while power > 1:
         grid = np.linspace(complex(-center) ** (1 / power), complex(steps - center) ** (1 / power), count + 1)
-        inner = {int((x ** power).real) + center for x in grid[1:-1]}
-        if len(full := sorted({0} | inner)) >= count:
+        inner = sorted({int((x ** power).real) for x in grid})[1:-1]
+        if len(full := [0, *(x + center for x in inner)]) == count:
             return full
         power -= 0.02
     raise ValueError(f"no non-uniform schedule of {count} distinct steps among {steps} around {center}")
 
 
 def branch_point(stages: tuple[Stage, ...], branch: int) -> tuple[int, int]:
-    """Sec. 3.2: where skip connection `branch` leaves the way down: (stage, layers of that stage before it).
+    """Where skip connection `branch` leaves the way down: (stage, layers of that stage before it).
 
     Skip 0 is the output of the input convolution, each later one that of a layer or, ending a stage, of its downsampler.
 
@@ -98,7 +100,7 @@ def branch_point(stages: tuple[Stage, ...], branch: int) -> tuple[int, int]:
 
 
 def deep_modules(stages: tuple[Stage, ...], branch: int) -> list[nn.Module]:
-    """Eq. 6: what shallow steps leave out, in execution order; the last one's output enters the first up layer they run."""
+    """What shallow steps leave out, in execution order; the last one's output enters the first up layer they run."""
     number, layer = branch_point(stages, branch)
     deep: list[nn.Module | None] = []
     for stage in stages:

@@ -6,9 +6,9 @@ Idea: the outputs of attention and MLP change slowly from step to step. Every N-
 steps between add the kept outputs to the residual stream, each still scaled by the gate of its own timestep.
 
 Map
-    Sec. 3.2  which steps compute: s = T-1 and every multiple of N, s counting down    computes
-    Sec. 3.2  keep the attention and MLP outputs, before their gates                   _Reuse
-    Sec. 3.2  every block of the transformer                                           apply
+    static schedule  compute at s = T-1 and every multiple of N, s counting down    computes
+    caching          keep the attention and MLP outputs, before their gates         _Reuse
+    reuse            in every block of the transformer                              apply
 
 Departures
     The official code covers DiT only. On PixArt and Latte the cross-attention output is kept alike; on SD3, Flux and
@@ -40,7 +40,7 @@ __all__ = ["OFF", "Config", "apply", "computes"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    interval: int = 3             # N, Sec. 3.2
+    interval: int = 3             # N; default of the official README
     count_from: str = "end"       # "end": s = T-1 ... 0 as in the official code; "start": s = 0 ... T-1
 
     def __post_init__(self):
@@ -54,7 +54,7 @@ OFF = Config(interval=1)
 
 
 def computes(i: int, steps: int, interval: int, count_from: str = "end") -> bool:
-    """Sec. 3.2: whether step `i` of `steps` computes its features. The first step always does."""
+    """Static schedule: whether step `i` of `steps` computes its features. The first step always does."""
     s = steps - 1 - i if count_from == "end" else i
     return i == 0 or s % interval == 0
 

@@ -7,10 +7,11 @@ ahead (a springboard, free of cost), the network is evaluated there, and its "fu
 where it was over all k + 1 steps. A score from the middle of an interval fits its integral better than one from the end.
 
 Map
-    Alg. 1, lines 2-3   an ordinary first step fills the buffer           jumps
-    Alg. 1, lines 5-6   springboard to i + h, future score there          _Solver.substitute
-    Alg. 1, lines 7-9   jump to i + k + 1, keep the score                 _Solver.step
-    Eq. 7               a first-order step of any length                  methods._core.solver
+    PFDiff-k_h    which grid points are evaluated, and the jumps          jumps
+    past score    springboard to i + h                                    _Solver.springboard
+    future score  evaluate there                                          _Solver.substitute
+    update        jump from i to i + k + 1, keep the score                _Solver.step
+    solver        a first-order step of any length                        methods._core.solver
 
 Departures
     The number of steps given to the pipeline is the grid, T. The pipeline then loops over 1 + ceil((T-1) / (k+1)) network
@@ -50,8 +51,8 @@ __all__ = ["OFF", "Config", "Jump", "apply", "jumps"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    k: int = 1     # grid steps saved by each evaluation, Alg. 1; larger for fewer evaluations
-    h: int = 1     # how many grid steps ahead the future score is taken, 1 <= h <= k, Alg. 1
+    k: int = 1     # k: grid steps saved by each evaluation; larger for fewer evaluations
+    h: int = 1     # h: how many grid steps ahead the future score is taken, 1 <= h <= k
 
     def __post_init__(self):
         if not 0 <= self.k <= 3:
@@ -72,7 +73,7 @@ class Jump(NamedTuple):
 
 
 def jumps(grid: int, k: int, h: int) -> list[Jump]:
-    """Alg. 1: the evaluations that cover a grid of `grid` intervals, 1 + ceil((grid - 1) / (k + 1)) of them."""
+    """PFDiff-k_h: the evaluations that cover a grid of `grid` intervals, 1 + ceil((grid - 1) / (k + 1)) of them."""
     path = [Jump(0, 0, 1)]
     while (i := path[-1].to) < grid:
         left = grid - i
@@ -100,7 +101,7 @@ class _Solver:
         self.grid.thin(scheduler, [jump.start for jump in self.path])
 
     def substitute(self, context: StepContext) -> dict[str, Any]:
-        """Lines 5-6: before the model runs, move its latent and its timestep to where the future score is taken."""
+        """Past and future: before the model runs, move its latent and its timestep to where the future score is taken."""
         self.jump = self.path[len(self.path) - context.steps + context.i]
         if context.branch == 0:
             self.patch.counts["evaluations"] += 1
@@ -119,7 +120,7 @@ class _Solver:
         return self.grid.move(x, past, self.jump.start, self.jump.at).to(x.dtype)
 
     def step(self, call, model_output: Tensor, timestep: Any, sample: Tensor, *args, eta: float = 0.0, **kwargs):
-        """Lines 7-9: keep the (guided) future score and move the latent from where it was."""
+        """Update: keep the (guided) future score and move the latent from where it was."""
         if eta:
             raise ValueError(f"pfdiff is deterministic: eta={eta} must be 0")
         result = call(model_output, timestep, sample, *args, **kwargs)                  # for its bookkeeping and its type

@@ -7,21 +7,24 @@ the few tokens where a stale value hurts most: those that many others attend to,
 and the most important one of every small cell of the image. Their rows replace the old ones in the cache.
 
 Map
-    Sec. 3.3, s1    influence: column sums of the self-attention map      methods._core.attention.attend
-    Sec. 3.3, s2    control: entropy of the cross-attention               entropy
-    Sec. 3.3, s3    staleness: steps since a token was renewed            select
-    Sec. 3.3, s4    spatial spread: a bonus for the best of each cell     spread
-    Sec. 3.3, Eq. 7  the sum of the scores, and the top k of it           select
-    Sec. 3.4        how many, by step, depth and kind of layer            fresh_ratio
-    App.            which steps are full                                  full_steps
-    Alg. 1          renew the chosen rows, reuse all others               _Branch
+    score s1       influence: column sums of the self-attention map      methods._core.attention.attend
+    score s2       control: entropy of the cross-attention               entropy
+    score s3       staleness: steps since a token was renewed            select
+    score s4       spatial spread: a bonus for the best of each cell     spread
+    score S        the sum of the scores, and the top k of it            select
+    cache ratio R  how many, by step, depth and kind of layer            fresh_ratio
+    cycle          which steps are full                                  full_steps
+    partial step   renew the chosen rows, reuse all others               _Branch
 
 Departures
     The released code decides whether a step is full inside each block, after block 0 has already changed the interval, so
     that on some steps only block 0 is full. Here it is decided once a step; `per_block_decision=True` repeats the original.
     Depth runs from 0 to 1 over the blocks of the model at hand; the released code divides by 27 whatever the depth, right
     for the 28 blocks of DiT-XL/2 and PixArt. For Flux it is kept as it is, per stream.
-    The tokens of a step are chosen before the model runs, from the state the last step left, which is all they depend on.
+    The tokens of a step are chosen before the model runs, from the state the last step left. The released PixArt block lets
+    its MLP see the entropies that the cross-attention has renewed in the same step.
+    The released PixArt map packs the text of both guidance halves into separate columns, so that its entropy is the mean of
+    the halves' entropies (plus a constant); here it is the entropy of the mean map, as the formula has it.
     Only the column sums of the attention map are kept, not the map.
     Latte stands in for Open-Sora (which has no diffusers class): entropy in its spatial blocks, influence in the temporal
     ones, three full steps first, one interval for all layers where the released code has six for cross-attention.
@@ -55,14 +58,14 @@ __all__ = ["OFF", "Config", "apply", "entropy", "fresh_ratio", "full_steps", "se
 
 SCHEDULES = ("dit-ddim", "dit-ddpm", "pixart", "open-sora", "flux")
 FAMILIES = {"dit": "dit-ddim", "pixart": "pixart", "latte": "open-sora", "flux": "flux"}
-SPREAD = {"dit-ddim": (0.6, 2), "dit-ddpm": (0.6, 2), "pixart": (0.4, 4)}                   # bonus and cell, App.
+SPREAD = {"dit-ddim": (0.6, 2), "dit-ddpm": (0.6, 2), "pixart": (0.4, 4)}                   # bonus and cell
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    interval: int = 3                 # N, nominal steps from one full step to the next, Sec. 4.1 (DiT 3 or 4, Flux 4)
-    fresh: float = 0.07               # r0, base share of renewed tokens, Sec. 4.1 (DiT 0.07, PixArt 0.3, Flux 0.1)
-    staleness: float = 0.25           # weight of s3, Sec. 4.1
+    interval: int = 3                 # N, nominal steps from one full step to the next, as in the official code (DiT 3 or 4, Flux 4)
+    fresh: float = 0.07               # r0, base share of renewed tokens, as in the official code (DiT 0.07, PixArt 0.3, Flux 0.1)
+    staleness: float = 0.25           # weight of s3
     bonus: float | None = None        # weight of s4; None: 0.6 for DiT, 0.4 for PixArt, else 0
     cell: int | None = None           # side of a cell of s4; None: 2 for DiT, 4 for PixArt
     schedule: str = "auto"            # of intervals and ratios: "auto" by model, or one of SCHEDULES
@@ -83,21 +86,26 @@ OFF = Config(interval=1)
 
 
 def full_steps(steps: int, interval: int, schedule: str, adaptive: bool = True) -> list[tuple[int, bool]]:
-    """App.: the full steps, as (index from 0, whether blocks after the first would agree in the released code).
+    """Cycle: the full steps, as (index from 0, whether blocks after the first would agree in the released code).
 
     DiT counts down and shortens the interval towards the end of sampling (2 between 20 % and 40 % of the steps left);
-    PixArt counts up; Flux and Open-Sora make three full steps, then one in N. `adaptive=False` keeps N throughout.
+    PixArt counts up; Flux makes three full steps, then each N-th after the third; Open-Sora three, then the multiples of N.
+    `adaptive=False` keeps N throughout, from the first step on.
     """
-    if schedule in ("flux", "open-sora"):
-        return [(i, True) for i in range(steps) if i < 3 or (i - 2) % interval == 0]
+    if schedule == "open-sora":
+        return [(i, True) for i in range(steps) if i < 3 or i % interval == 0]
+    if schedule == "flux":
+        lead = 3 if adaptive else 1
+        return [(i, True) for i in range(steps) if i < lead or (i - lead + 1) % interval == 0]
     down = schedule.startswith("dit")
 
     def after(s: int) -> int:
         if not adaptive:
             return interval
-        if down and 0.2 * steps <= s < 0.4 * steps:
+        if down and int(0.2 * steps) <= s < int(0.4 * steps):
             return 2
-        return max(1, round(interval / (1.4 - 0.8 * s / steps if down else 0.8 + 0.4 * s / steps)))
+        length = torch.tensor(1.4 - 0.8 * s / steps if down else 0.8 + 0.4 * s / steps, dtype=torch.float32)
+        return max(1, int(torch.round(interval / length)))         # in single precision, which decides where a half goes
 
     full, gap = [], 1
     for i in range(steps):
@@ -109,7 +117,7 @@ def full_steps(steps: int, interval: int, schedule: str, adaptive: bool = True) 
 
 
 def fresh_ratio(schedule: str, base: float, i: int, steps: int, depth: float, kind: str) -> float:
-    """Sec. 3.4: share of tokens a layer renews at step `i`, clamped to [0, 1].
+    """Cache ratio R: share of tokens a layer renews at step `i`, clamped to [0, 1].
 
     `depth` runs from 0 to 1 over the blocks (block / 27 for Flux); `kind` is "cross", "ff" or, in a Flux single block,
     "total".
@@ -148,7 +156,7 @@ def spread(score: Tensor, height: int, width: int, cell: int, bonus: float) -> T
 
 def select(importance: Tensor, stale: Tensor, k: int, interval: int, weight: float,
            cells: tuple[int, int, int, float] | None = None) -> Tensor:
-    """Eq. 7: the k tokens of highest score. importance (B, N), stale (B, N) steps since renewal -> (B, k), ascending.
+    """Score S: the k tokens of highest score. importance (B, N), stale (B, N) steps since renewal -> (B, k), ascending.
 
     `cells` = (height, width, cell, bonus) adds the spatial term.
     """

@@ -7,8 +7,8 @@ sub-grid only. Neighbours are alike, so a fixed grid does what matching does, wi
 output already has all N tokens.
 
 Map
-    Sec. 3  nearest-neighbour sub-grid of factor s           subgrid
-    Sec. 3  keys and values from the sub-grid, before their projections   apply
+    downsampling    nearest-neighbour sub-grid of factor s                    subgrid
+    attention       keys and values from the sub-grid, before projection      apply
 
 Departures
     Layers are chosen by downsampling level; the official code goes by channel width and so never touches SDXL.
@@ -44,7 +44,7 @@ __all__ = ["OFF", "Config", "apply", "subgrid"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    factor: int = 2             # s at full resolution: 2 at 1024 px, 3 at 1536, 4 at 2048, Sec. 4
+    factor: int = 2             # s at full resolution: 2 at 1024 px, 3 at 1536, 4 at 2048
     factor_level_2: int = 1     # s where the grid is half as fine; 1 leaves it alone
     method: str = "nearest"     # which row of each s the sub-grid takes: "nearest" the first, "nearest-exact" the middle
 
@@ -60,7 +60,7 @@ OFF = Config(factor=1)
 
 
 def subgrid(frames: int, height: int, width: int, factor: int, method: str = "nearest") -> Tensor:
-    """Sec. 3: positions of the nearest-neighbour downsampling by `factor` of each frame. -> (frames * (h // s) * (w // s),)
+    """Positions of the nearest-neighbour downsampling by `factor` of each frame. -> (frames * (h // s) * (w // s),)
 
     A side of n is cut to m = n // s places; place j reads floor(j n / m), or floor((j + 1/2) n / m) when exact.
     """

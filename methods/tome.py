@@ -7,10 +7,10 @@ their best match among a sparse set of destinations; attention runs on N - r tok
 places, so the residual stream keeps full resolution.
 
 Map
-    Sec. 3    one random destination in each cell           destinations
-    Sec. 3    match sources, merge by the mean, unmerge     methods._core.tokens.match_plan
-    Sec. 4.2  around self-attention, matched on the block's input   apply
-    Table 2   r = ratio * N, at most N - destinations       reduction
+    partition   one random destination in each cell                 destinations
+    reduction   r = ratio * N, at most N - destinations             reduction
+    merging     match sources, merge by the mean, unmerge           methods._core.tokens.match_plan
+    placement   around self-attention, matched on the block's input  apply
 
 Departures
     Destinations come from `seed` and the step, afresh in every run; the official generator is forked once and drifts.
@@ -46,9 +46,9 @@ __all__ = ["OFF", "Config", "apply", "destinations", "reduction"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    ratio: float = 0.5            # r / N, Table 2; capped at 1 - 1 / stride^2
-    stride: int = 2               # side of a destination cell, Sec. 3
-    max_downsample: int = 1       # merge where the grid is at most this many times coarser than the latent, Sec. 4.2
+    ratio: float = 0.5            # r / N; capped at 1 - 1 / stride^2
+    stride: int = 2               # side of a destination cell
+    max_downsample: int = 1       # merge where the grid is at most this many times coarser than the latent
     random: bool = True           # a random destination in each cell, else its top-left corner
     seed: int = 0                 # of the random destinations
 
@@ -65,7 +65,7 @@ OFF = Config(ratio=0.0)
 
 
 def destinations(frames: int, height: int, width: int, stride: int, random: torch.Generator | None) -> Tensor:
-    """Sec. 3: one position in each full stride x stride cell of each frame, random or (None) the top-left one. -> (D,)"""
+    """Partition: one position in each full stride x stride cell of each frame, random or (None) the top-left one. -> (D,)"""
     rows, cols = height // stride, width // stride
     pick = torch.zeros(frames, rows, cols, dtype=torch.long)
     if random is not None:
@@ -77,7 +77,7 @@ def destinations(frames: int, height: int, width: int, stride: int, random: torc
 
 
 def reduction(tokens: int, dst: int, ratio: float) -> int:
-    """Table 2: how many of `tokens` are merged away when `dst` of them are destinations."""
+    """How many of `tokens` are merged away when `dst` of them are destinations."""
     return min(int(tokens * ratio), tokens - dst)
 
 

@@ -31,7 +31,7 @@ CHECKPOINTS = ROOT / "build/zoo"
 DIT = dict(num_attention_heads=4, attention_head_dim=32, in_channels=1, out_channels=1, num_layers=6, sample_size=32,
            patch_size=2, num_embeds_ada_norm=1000)     # the pipeline hard-codes 1000 as the null class
 SCHEDULER = dict(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing",
-                 rescale_betas_zero_snr=True, clip_sample=True)
+                 rescale_betas_zero_snr=True, clip_sample=False)
 NULL_CLASS = 1000
 
 

@@ -26,6 +26,14 @@ def test_nonuniform_steps(interval, center, power, full):
     assert deepcache.nonuniform_steps(50, interval, center, power) == full
 
 
+# horseee/DeepCache@1691a3ab2230, sample_from_quad_center of its research pipeline, where two grid points share an integer
+@pytest.mark.parametrize("steps, interval, center, power, full", [
+    (25, 2, 2, 1.6, [0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 19, 22]),
+    (25, 2, 19, 2.0, [0, 3, 6, 9, 11, 13, 15, 17, 19, 20, 21, 22, 23]), (30, 3, 1, 2.0, [0, 1, 2, 3, 6, 9, 12, 16, 20, 25])])
+def test_nonuniform_steps_of_the_official_code(steps, interval, center, power, full):
+    assert deepcache.nonuniform_steps(steps, interval, center, power) == full
+
+
 def test_an_impossible_schedule_is_refused():
     with pytest.raises(ValueError, match="no non-uniform schedule of 10 distinct steps among 10"):
         deepcache.nonuniform_steps(10, 1, 9, 1.01)

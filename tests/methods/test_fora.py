@@ -1,3 +1,4 @@
+import authors_dit
 import contract
 import pytest
 import torch
@@ -64,6 +65,18 @@ def test_a_reuse_step_adds_kept_outputs_times_todays_gates():
             expected = expected + msa[:, None] * attn
             expected = expected + mlp[:, None] * ff
         torch.testing.assert_close(streams[2 * step + 1], expected, atol=1e-5, rtol=1e-5)
+
+
+# prathebaselva/FORA@acde628eb1c9, its DiT with the weights of `authors_dit` and N = 3 over 6 steps, double precision
+OFFICIAL = [[0.641399, 0.847842], [0.769226, 0.901548], [0.791058, 0.949085],
+            [0.726051, 0.862406], [0.630462, 0.827081], [0.659613, 0.821292]]
+
+
+def test_equals_the_official_code():
+    pipe = authors_dit.pipeline(layers=2)
+    with fora.apply(pipe, fora.Config(interval=3)):
+        ours = authors_dit.answers(pipe, 6)
+    torch.testing.assert_close(ours, torch.tensor(OFFICIAL, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
 def test_a_bare_model_is_refused():

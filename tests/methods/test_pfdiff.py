@@ -60,6 +60,28 @@ def test_a_constant_score_is_one_ddim_step(k, h, steps):
     torch.testing.assert_close(out, grid.move(x, eps, 0, steps), atol=1e-9, rtol=1e-6)
 
 
+# onefly123/PFDiff@e63fd30fa69e, the DDIM samplers of uncondition/ddim-main, grids of 7, 10, 12 and 13 intervals
+OFFICIAL = {
+    (1, 1): [[-0.5173024, -66.0838], [-20.56539, -75.81765], [-19.60239, -124.2922], [-19.93831, -131.3848]],
+    (2, 1): [[0.5270815, -63.5992], [-18.23339, -74.74049], [-25.45354, -133.0678], [-31.129, -135.9305]],
+    (2, 2): [[-12.29787, -74.32356], [6.875022, -119.2553], [-14.25127, -123.4915], [-19.03251, -127.7415]],
+    (3, 1): [[1.526156, -63.75347], [-20.3488, -76.57046], [-31.05557, -132.4879], [-27.03699, -132.308]],
+    (3, 2): [[-13.38259, -74.02867], [7.29491, -123.8558], [-11.47583, -123.2491], [-16.55308, -123.6779]],
+    (3, 3): [[6.273085, -71.29748], [12.75316, -87.29781], [22.67377, -119.6581], [13.31859, -113.6929]]}
+
+
+@pytest.mark.parametrize("k, h", OFFICIAL)
+def test_equals_the_official_code(k, h):
+    x, ours = torch.tensor([[0.3, -1.1]], dtype=torch.float64), []
+    for steps in (7, 10, 12, 13):
+        scheduler = DDIMScheduler(clip_sample=False)
+        scheduler.set_timesteps(steps)
+        t = scheduler.timesteps.double()
+        out, _ = drive(scheduler, lambda x, at, t=t: torch.sin(x + t[at] / 400), k, h, steps, x)
+        ours.append(out[0])
+    torch.testing.assert_close(torch.stack(ours), torch.tensor(OFFICIAL[k, h], dtype=torch.float64), atol=1e-5, rtol=1e-6)
+
+
 def test_midpoint_rule_on_a_flow_that_is_linear_in_time():
     scheduler = FlowMatchEulerDiscreteScheduler()
     sigmas = [1 - i / 7 for i in range(7)]

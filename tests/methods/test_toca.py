@@ -1,3 +1,4 @@
+import authors_dit
 import contract
 import pytest
 import torch
@@ -32,6 +33,19 @@ def test_full_steps_of_pixart():
 
 def test_full_steps_of_flux():
     assert [i for i, _ in toca.full_steps(12, 4, "flux")] == [0, 1, 2, 6, 10]
+    assert [i for i, _ in toca.full_steps(12, 3, "flux", adaptive=False)] == [0, 3, 6, 9]
+
+
+def test_full_steps_of_open_sora():
+    assert [i for i, _ in toca.full_steps(14, 3, "open-sora")] == [0, 1, 2, 3, 6, 9, 12]
+
+
+# Shenyi-Z/ToCa@e84096ffd85a, its cal_type and force_scheduler; an interval falls half-way between integers in each
+@pytest.mark.parametrize("steps, interval, schedule, full", [
+    (4, 2, "dit-ddim", [0, 1, 3]), (24, 7, "dit-ddim", [0, 1, 3, 13, 16, 17, 19, 21, 23]),
+    (28, 4, "pixart", [0, 5, 10, 12, 16, 20, 24, 27])])
+def test_full_steps_at_a_half(steps, interval, schedule, full):
+    assert [i for i, _ in toca.full_steps(steps, interval, schedule)] == full
 
 
 @pytest.mark.parametrize("left, block, ratio", [(49, 0, 0.0), (25, 0, 0.14), (25, 27, 0.21), (1, 27, 0.6132)])
@@ -45,9 +59,9 @@ def test_mean_share_of_renewed_tokens():
     assert sum(shares) / len(shares) == pytest.approx(0.2007, abs=5e-5)
 
 
-@pytest.mark.parametrize("schedule, kind, depth, ratio", [("pixart", "cross", 0.0, 0.1 * 1.9 * 1.6 * 0.6), ("flux", "ff", 0, 0.06),
-                                                          ("pixart", "ff", 1.0, 0.1 * 1.9 * 0.4 * 1.6), ("flux", "total", 2, 0),
-                                                          ("open-sora", "cross", 0, 0), ("open-sora", "ff", 0, 0.1495)])
+@pytest.mark.parametrize("schedule, kind, depth, ratio", [
+    ("pixart", "cross", 0.0, 0.1 * 1.9 * 1.6 * 0.6), ("pixart", "ff", 1.0, 0.1 * 1.9 * 0.4 * 1.6), ("flux", "ff", 0, 0.06),
+    ("flux", "total", 2, 0), ("open-sora", "cross", 0, 0), ("open-sora", "ff", 0, 0.1495)])
 def test_other_fresh_ratios(schedule, kind, depth, ratio):
     assert toca.fresh_ratio(schedule, 0.1, 0, 20, depth, kind) == pytest.approx(ratio)
 
@@ -135,6 +149,19 @@ def test_attention_is_stale_and_every_mlp_row_fresh_at_full_ratio():
     with toca.apply(pipe, toca.Config(interval=4, fresh=1.0, schedule="open-sora")):
         FAMILIES["dit"].run(pipe, steps=10)
     assert set(rows) == {64}
+
+
+# Shenyi-Z/ToCa@e84096ffd85a, DiT-ToCa (ToCa-ddim50, attention score, N = 3, ratio 0.2) with the weights of `authors_dit`
+OFFICIAL = [[-0.51026, -0.162333], [-0.159069, 0.14057], [-0.502001, -0.210592], [-0.561914, -0.364512],
+            [-0.800216, -0.501826], [-0.602162, -0.327696], [-0.388787, -0.054959], [-0.61827, -0.450792],
+            [-0.590896, -0.363016], [-0.557258, -0.295735], [-0.570567, -0.359517], [-0.587324, -0.332077]]
+
+
+def test_equals_the_official_code():
+    pipe = authors_dit.pipeline(layers=28)
+    with toca.apply(pipe, toca.Config(interval=3, fresh=0.2, per_block_decision=True)):
+        ours = authors_dit.answers(pipe, 12)
+    torch.testing.assert_close(ours, torch.tensor(OFFICIAL, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
 def test_guidance_halves_of_pixart_choose_the_same_tokens():

@@ -93,15 +93,20 @@ def test_bad_values_are_named(wrong, named):
         tome.Config(**wrong)
 
 
+@pytest.mark.parametrize("random", [False, True])
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.9])
-def test_equals_tomesd(ratio):
-    """The whole UNet against the official package, top-left destinations (its random ones cannot be passed in)."""
+def test_equals_tomesd(ratio, random, monkeypatch):
+    """The whole UNet against the official package, which is handed our draws of the destinations."""
     tomesd = pytest.importorskip("tomesd")
     unet = FAMILIES["unet"].pipe().unet
     x, text = torch.randn(2, 4, 16, 24), torch.randn(2, 5, 16)
-    with tome.apply(unet, tome.Config(ratio=ratio, random=False, max_downsample=2)):
+    draw, drawn = torch.randint, []
+    monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: drawn.append(draw(*args, **kwargs)) or drawn[-1])
+    with tome.apply(unet, tome.Config(ratio=ratio, random=random, max_downsample=2)):
         ours = unet(x, 10, text).sample
-    tomesd.apply_patch(unet, ratio=ratio, use_rand=False, max_downsample=2)
+    monkeypatch.setattr(torch, "randint", lambda *_, size, **__: drawn.pop(0).view(size))
+    tomesd.apply_patch(unet, ratio=ratio, use_rand=random, max_downsample=2)
     theirs = unet(x, 10, text).sample
+    assert not drawn
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()

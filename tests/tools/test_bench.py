@@ -1,0 +1,222 @@
+"""The bench: what it measures by worked values, what survives a kill or a failure, and that a record is complete."""
+import json
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+from accel_tools import bench, catalog_bench, realistic, records, sweep
+from accel_tools.arms import Arm, sample
+from accel_tools.cells import Cells
+from accel_tools.kernel_bench import problems
+from accel_tools.memory import in_fresh_process, peak_allocated, peak_resident
+from accel_tools.quality import psnr, quality, ssim
+from accel_tools.sweep import Bench, Suite
+from accel_tools.timing import breakdown, compare, interleave
+from methods._zoo.pixel_vae import PixelVAE
+
+SMALL = Suite("small", images=6, rounds=2, steps=4, timed_images=1)
+ARM_KEYS = {"steps", "latency_s", "latency_spread", "speedup", "macs", "peak_bytes", "cached_bytes", "label_accuracy",
+            "recall", "frechet", "n"}
+
+
+def load(_):
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=16, in_channels=1, out_channels=1, num_layers=2,
+                                  sample_size=32, patch_size=4, num_embeds_ada_norm=1000)
+    return DiTPipeline(model.eval(), PixelVAE(), DDIMScheduler())
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """make() -> a bench of a random model over one folder of cells, without the subprocess that measures memory."""
+    monkeypatch.setattr(sweep, "card", lambda name: {"sha256": "0"})
+    monkeypatch.setattr(sweep, "real_frechet", lambda n: {"frechet": 1.0, "n": n})                # needs the real digits
+    memory = {"peak_bytes": 2, "peak_resident_bytes": 3, "report": {"state": "engaged", "cached_bytes": 1}}
+    monkeypatch.setattr(sweep, "memory_of", lambda model, arm, images: memory)
+    return lambda: Bench("dit", SMALL, Cells(tmp_path / "cells"), load=load)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Every arm that is sampled, in order: (steps, number of images)."""
+    calls = []
+
+    def counting(pipe, steps, labels, **kwargs):
+        calls.append((steps, len(labels)))
+        return sample(pipe, steps, labels, **kwargs)
+    monkeypatch.setattr(sweep, "sample", counting)
+    return calls
+
+
+# ---- numbers -----------------------------------------------------------------------------------------------------------
+
+def test_psnr_of_a_known_error():
+    a = torch.full((2, 1, 16, 16), 0.5)
+    assert psnr(a, a + 0.1) == pytest.approx(20, abs=1e-4) and psnr(a, a) == math.inf
+
+
+def test_ssim_of_flat_images_compares_their_means():
+    a, b = torch.full((1, 1, 16, 16), 0.5), torch.full((1, 1, 16, 16), 0.25)
+    assert ssim(a, b) == pytest.approx((2 * 0.125 + 1e-4) / (0.25 + 0.0625 + 1e-4), abs=1e-6)
+    assert ssim(a, a) == pytest.approx(1)
+
+
+def test_ssim_of_opposite_checkerboards_compares_their_structure():
+    """Both have mean 1/2 and variance 0.01 in every window, and covariance -0.01."""
+    board = (torch.arange(32)[:, None] + torch.arange(32)) % 2 * 0.2 - 0.1
+    a, b = 0.5 + board[None, None], 0.5 - board[None, None]
+    assert ssim(a, b) == pytest.approx((-0.02 + 9e-4) / (0.02 + 9e-4), abs=1e-4)
+
+
+def test_quality_counts_by_class():
+    found = quality(torch.rand(20, 1, 32, 32), torch.arange(20) % 5)
+    shares = [share for share in found["recall"][:5]]
+    assert found["n"] == 20 and found["recall"][5:] == [None] * 5
+    assert found["label_accuracy"] == pytest.approx(sum(shares) / 5) and found["frechet"] > 100      # noise is no digit
+
+
+def test_a_speedup_is_paired_by_round():
+    """The machine becomes ten times slower half-way; the ratio stays 2."""
+    found = compare([2.0, 2.2, 20.0, 22.0], [1.0, 1.1, 10.0, 11.0])
+    assert found["speedup"] == pytest.approx(2) and found["speedup_spread"] == pytest.approx([2, 2])
+
+
+def test_calls_are_interleaved_and_every_other_round_runs_backwards():
+    order = []
+    seconds = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
+    assert "".join(order) == "ab" + "ba" + "ab" + "ba" and [len(s) for s in seconds.values()] == [3, 3]
+
+
+def test_peak_counts_what_is_alive_together():
+    def call():
+        a = torch.ones(1000)
+        del a
+        b, c = torch.ones(1000), torch.ones(1000)
+        return b + c
+    assert 12_000 <= peak_allocated(call) < 14_000
+
+
+def test_a_fresh_process_starts_from_its_own_peak():
+    """Not from the parent's, which getrusage would report."""
+    ballast = bytearray(b"x") * (2 * 10 ** 9)
+    here, there = peak_resident(), in_fresh_process(peak_resident)
+    assert here > len(ballast) > there > 10 ** 7
+
+
+def test_a_breakdown_names_the_ops():
+    ops = breakdown(lambda: torch.ones(300, 300) @ torch.ones(300, 300))
+    assert "aten::mm" in {op["op"] for op in ops} and all(op["seconds"] >= 0 for op in ops)
+
+
+# ---- cells -------------------------------------------------------------------------------------------------------------
+
+def test_a_killed_sweep_continues_and_computes_no_cell_twice(make, counted, monkeypatch):
+    work = [("fora", {"interval": 2}), ("tome", {"ratio": 0.5})]
+    real, images = Bench.images, []
+
+    def killed(self, arm, seed):
+        images.append(arm)
+        if len(images) == 12:
+            raise KeyboardInterrupt
+        return real(self, arm, seed)
+    with monkeypatch.context() as patched:
+        patched.setattr(Bench, "images", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make().run(work)
+    before = len(counted)
+    records, failed = make().run(work)
+    assert not failed and len(counted) > before
+    drawn = [call for call in counted if call[1] == 2]                # two images a seed; timing takes one
+    fewer = {record["arms"]["fewer_steps"]["steps"] for slug in records for record in records[slug]}
+    assert len(drawn) == 3 * (1 + len(fewer) + 2)                      # three seeds: plain once, fewer-steps, two methods
+    done = len(counted)
+    assert make().run(work)[0] == records and len(counted) == done     # a finished sweep samples nothing
+
+
+def test_a_failing_cell_is_recorded_and_the_sweep_goes_on(make, tmp_path):
+    records, failed = make().run([("tome", {"ratio": 7.0}), ("fora", {"interval": 2})])
+    assert [line.split(":")[0] for line in failed] == ["tome {'ratio'"] and list(records) == ["fora"]
+    error, = (tmp_path / "cells").glob("*.error")
+    assert "ratio=7.0 outside [0, 1]" in json.loads(error.read_text())["error"]
+
+
+def test_an_error_is_forgotten_when_the_cell_succeeds(tmp_path):
+    cells, identity = Cells(tmp_path), {"what": "sum"}
+    with pytest.raises(ZeroDivisionError):
+        cells.numbers(identity, lambda: 1 / 0)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".error"] and not cells.has(identity)
+    assert cells.numbers(identity, lambda: {"a": [1.5, None]}) == {"a": [1.5, None]} and cells.has(identity)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+def test_other_code_is_another_cell(make, monkeypatch):
+    found = make()
+    before = found.identity("macs", Arm(4, "tome", {}))
+    monkeypatch.setattr(sweep, "code_hash_of", lambda slug: "sha256:other")
+    assert found.identity("macs", Arm(4, "tome", {})) != before
+    assert found.identity("macs", Arm(4)) == found.identity("macs", Arm(4))
+
+
+# ---- records -----------------------------------------------------------------------------------------------------------
+
+def test_a_record_is_complete(make, tmp_path):
+    record = make().record("fora", {"interval": 2})
+    path = records.write("fora", [record], tmp_path)
+    written = json.loads(path.read_text())
+    assert (written["schema"], written["method"]) == (1, "fora")
+    record, = written["records"]
+    assert {"model", "config", "arms", "report", "suite", "hardware", "versions", "commit", "date", "code_hash",
+            "real_vs_real"} == set(record)
+    assert record["code_hash"].startswith("sha256:") and record["versions"]["torch"] == torch.__version__
+    assert list(record["arms"]) == ["plain", "fewer_steps", "method"]
+    for name, arm in record["arms"].items():
+        assert set(arm) >= ARM_KEYS and arm["n"] == SMALL.images
+        assert ("psnr" in arm and "ssim" in arm) == (name != "plain")
+    plain, fewer, method = record["arms"].values()
+    assert fewer["macs"] <= method["macs"] < fewer["macs"] + plain["macs"] / SMALL.steps
+    assert method["macs"] < plain["macs"] and record["report"]["state"] == "engaged"
+
+
+def test_writing_replaces_records_of_the_same_model_and_config(tmp_path):
+    def record(ratio, value):
+        return {"model": "dit", "config": {"ratio": ratio}, "value": value}
+    records.write("tome", [record(0.3, 1.0), record(0.5, 2.0)], tmp_path)
+    path = records.write("tome", [record(0.5, math.inf)], tmp_path)
+    assert [r["value"] for r in json.loads(path.read_text())["records"]] == [1.0, None]
+
+
+def test_realistic_speed_stands_beside_its_bound(tmp_path):
+    case = realistic.Case("a model", lambda: realistic.dit(layers=1, width=64, side=16), Arm(1, "todo", {"factor": 2}))
+    found = realistic.Realistic(Cells(tmp_path), rounds=2)
+    record = found.record(case)
+    method = record["arms"]["method"]
+    assert method["mac_bound"] == pytest.approx(record["arms"]["plain"]["macs"] / method["macs"]) and method["mac_bound"] > 1
+    assert ("profile" in record) == (method["share_of_bound"] < realistic.ENOUGH)
+    assert record["report"]["state"] == "engaged" and record["code_hash"].startswith("sha256:")
+
+
+def test_an_off_switch_is_measured_beside_plain_against_plain(tmp_path):
+    case = realistic.Case("a model", lambda: realistic.dit(layers=1, width=64, side=16), Arm(1, "todo", {"factor": 1}))
+    arms = realistic.Realistic(Cells(tmp_path), rounds=2).overhead(case)["arms"]
+    assert list(arms) == ["plain", "method"] and all(arm["overhead"] > -1 for arm in arms.values())
+
+
+# ---- the command -------------------------------------------------------------------------------------------------------
+
+def test_a_failed_case_fails_the_command(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "FOLDER", tmp_path)
+    monkeypatch.setattr(bench, "CASES", [realistic.Case("a model", lambda: 1 / 0, Arm(1, "tome"))])
+    assert bench.main(["--realistic"]) == 1 and "FAILED tome" in capsys.readouterr().err
+
+
+def test_the_catalogue_tools_are_timed(monkeypatch, capsys):
+    monkeypatch.setattr(catalog_bench, "measure", lambda n: {"entries": n})
+    assert bench.main(["--catalog"]) == 0
+    assert [json.loads(line)["entries"] for line in capsys.readouterr().out.splitlines()] == [52, 500, 5000]
+
+
+def test_kernel_problems_run():
+    for name, call in problems("cpu", torch.float32, tokens=64, channels=16, heads=2).items():
+        assert call("reference") is not None, name
