@@ -52,6 +52,7 @@ class Site:
     hashes: dict[str, str] = field(default_factory=dict)                # slug -> hash of its code as it is now
     uses: dict[str, list[str]] = field(default_factory=dict)            # slug -> kernels reached by its imports
     samples: bool = False                                               # site/assets/samples.png is there
+    zoo: dict[str, dict] = field(default_factory=dict)                  # bundled model -> its card
 
 
 def read(root: Path = ROOT) -> Site:
@@ -73,6 +74,7 @@ def read(root: Path = ROOT) -> Site:
         hashes={slug: source.code_hash(slug) for slug in modules},
         uses=uses,
         samples=(root / "site/assets/samples.png").exists(),
+        zoo={path.stem: _json(path) for path in sorted((root / "methods/_zoo").glob("*.json"))},
     )
 
 
@@ -113,6 +115,7 @@ def pages(site: Site) -> dict[str, str]:
     add("kernels/index.md", "kernels.md.j2", users=users)
     for name, module in site.kernels.items():
         add(f"kernels/{name}.md", "kernel.md.j2", name=name, module=module, users=users[name])
+    add("zoo.md", "zoo.md.j2", curves={name: _curve(card["loss"]) for name, card in site.zoo.items()})
     add("corrections.md", "corrections.md.j2", errata=errata)
     add("download.md", "download.md.j2", errata=errata, sizes={name: len(found[name].encode()) for name in found
                                                               if name.startswith("catalog.")})
@@ -134,6 +137,14 @@ def nav(site: Site) -> dict[str, list]:
 
 
 # ---- what the pages say -------------------------------------------------------------------------------------------
+
+def _curve(losses: list[list[float]]) -> str:
+    """Training loss over steps as inline SVG; the loss axis begins at zero."""
+    first, last, top = losses[0][0], losses[-1][0], max(loss for _, loss in losses)
+    points = " ".join(f"{560 * (step - first) / max(1, last - first):.1f},{120 - 115 * loss / top:.1f}" for step, loss in losses)
+    return (f'<svg class="curve" viewBox="0 0 560 122" role="img" aria-label="Training loss, from {losses[0][1]:.2f} to '
+            f'{losses[-1][1]:.3f}"><polyline points="{points}" fill="none" stroke="currentColor" stroke-width="1.5"/></svg>')
+
 
 def terms(entry: Entry, axis: str) -> list[str]:
     if axis == "model":
