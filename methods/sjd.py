@@ -12,7 +12,7 @@ Map
     the law p of a token: image ids, row ends, top-k      distribution
     accept a draft with probability min(1, p/q)           acceptance
     resample from max(0, p - q), normalised               residual
-    one window: first rejection, resampled or bonus token verify
+    one window: first rejection, resampled or bonus       verify
     fresh samples become drafts                           slide
     token initialisation: random or left neighbour        initial
 

@@ -63,8 +63,8 @@ SPREAD = {"dit-ddim": (0.6, 2), "dit-ddpm": (0.6, 2), "pixart": (0.4, 4)}       
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    interval: int = 3                 # N, nominal steps from one full step to the next, as in the official code (DiT 3 or 4, Flux 4)
-    fresh: float = 0.07               # r0, base share of renewed tokens, as in the official code (DiT 0.07, PixArt 0.3, Flux 0.1)
+    interval: int = 3                 # N, nominal steps between full steps (official code: DiT 3 or 4, Flux 4)
+    fresh: float = 0.07               # r0, base share of renewed tokens (official code: DiT 0.07, PixArt 0.3, Flux 0.1)
     staleness: float = 0.25           # weight of s3
     bonus: float | None = None        # weight of s4; None: 0.6 for DiT, 0.4 for PixArt, else 0
     cell: int | None = None           # side of a cell of s4; None: 2 for DiT, 4 for PixArt

@@ -93,8 +93,9 @@ def flux(layers: int = 2) -> FluxPipeline:
 
 def latte(layers: int = 2) -> LattePipeline:
     model = LatteTransformer3DModel(**DIT | {"out_channels": 8}, num_layers=layers, sample_size=16, caption_channels=WIDTH,
-                                    cross_attention_dim=32, video_length=4, activation_fn="gelu-approximate", norm_type="ada_norm_single",
-                                    norm_elementwise_affine=False, norm_eps=1e-6, attention_bias=True)
+                                    cross_attention_dim=32, video_length=4, activation_fn="gelu-approximate",
+                                    norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6,
+                                    attention_bias=True)
     return LattePipeline(None, None, _vae(), model, DDIMScheduler(clip_sample=False))
 
 

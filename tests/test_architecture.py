@@ -84,7 +84,8 @@ def test_kernels_is_not_the_package_that_transformers_probes_for():
 @pytest.mark.parametrize("blocked, code", [
     ("triton", "from methods import tome; import torch; from accel_kernels.merge import merge, segments;"
                "merge(torch.ones(1, 4, 2), segments(torch.zeros(1, 4, dtype=torch.long), 1))"),
-    ("pydantic", "from methods import tome, fora"), ("jinja2", "from methods import tiny"), ("pytest", "from methods import tome"),
+    ("pydantic", "from methods import tome, fora"), ("jinja2", "from methods import tiny"),
+    ("pytest", "from methods import tome"),
     ("torch", "import accel_tools.check_catalog, accel_tools.render_readme, accel_tools.render_site, accel_tools.export")])
 def test_imports_do_without(blocked, code):
     """The library needs no development dependency and no triton; the catalogue tools need no torch."""

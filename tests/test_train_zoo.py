@@ -1,8 +1,9 @@
 """A training run that is stopped and called again ends where an unbroken one ends, bit for bit."""
 import pytest
 import torch
-from accel_tools import train_zoo
 from torch import nn
+
+from accel_tools import train_zoo
 
 
 def fresh(steps=6):

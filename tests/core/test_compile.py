@@ -4,7 +4,7 @@ import torch
 from families import FAMILIES
 from torch._dynamo.utils import counters
 
-from methods import deepcache, fora, pfdiff, todo, toca, tome
+from methods import deepcache, fora, pfdiff, toca, todo, tome
 from methods._core.denoiser import describe
 
 BLOCKS, STEPS = 16, 8

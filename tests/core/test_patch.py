@@ -5,7 +5,7 @@ import pytest
 import torch
 from families import FAMILIES
 
-from methods import deepcache, fora, pfdiff, todo, toca, tome
+from methods import deepcache, fora, pfdiff, toca, todo, tome
 from methods._core.patch import TOKENS, Patch
 
 
@@ -124,8 +124,9 @@ def test_not_a_pipeline_is_named():
         tome.apply("stable-diffusion")
 
 
-PAIRS = {("unet", tome, deepcache): True, ("unet", todo, deepcache): True, ("dit", tome, fora): True, ("dit", todo, fora): True,
-         ("dit", pfdiff, fora): True, ("dit", pfdiff, toca): True, ("dit", pfdiff, tome): True, ("unet", pfdiff, deepcache): True,
+PAIRS = {("unet", tome, deepcache): True, ("unet", todo, deepcache): True, ("dit", tome, fora): True,
+         ("dit", todo, fora): True, ("dit", pfdiff, fora): True, ("dit", pfdiff, toca): True,
+         ("dit", pfdiff, tome): True, ("unet", pfdiff, deepcache): True,
          ("dit", tome, todo): False, ("dit", fora, toca): False, ("dit", tome, toca): False, ("dit", todo, toca): False}
 
 
