@@ -31,7 +31,7 @@ def load(_):
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     """make() -> a bench of a random model over one folder of cells, without the subprocess that measures memory."""
-    monkeypatch.setattr(sweep, "card", lambda name: {"sha256": "0"})
+    monkeypatch.setattr(sweep, "card", lambda name: {"sha256": "0", "config": {}})
     monkeypatch.setattr(sweep, "real_frechet", lambda n: {"frechet": 1.0, "n": n})                # needs the real digits
     memory = {"peak_bytes": 2, "peak_resident_bytes": 3, "report": {"state": "engaged", "cached_bytes": 1}}
     monkeypatch.setattr(sweep, "memory_of", lambda model, arm, images: memory)

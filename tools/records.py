@@ -1,0 +1,76 @@
+"""What stands in catalog/results/<slug>.json: measured records, each with all that is needed to repeat or to doubt it."""
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accel_tools.catalog import ROOT
+from accel_tools.code_hash import code_hash
+
+code_hash_of = cache(code_hash)          # once a process: the code that runs is the code that was imported
+PACKAGES = ("genaccel", "torch", "diffusers", "transformers", "triton", "numpy", "tomesd", "DeepCache")
+
+
+def provenance(slug: str) -> dict[str, Any]:
+    """Where a number comes from: machine, versions, commit, day, and the hash of the method's code."""
+    return {"hardware": hardware(), "versions": versions(), "commit": _commit(),
+            "date": datetime.now(UTC).date().isoformat(), "code_hash": code_hash_of(slug)}
+
+
+def hardware() -> str:
+    """The processor, the threads torch uses of it, and the memory."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
+        if info.exists() else []
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 ** 30
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores, {memory:.0f} GiB"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that matter."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str:
+    """The commit, with -dirty if tracked files were changed since; "unknown" outside a checkout."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def rounded(value: Any) -> Any:
+    """Floats to five digits, at any depth; one that JSON cannot hold becomes None."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(part) for part in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value
+
+
+def write(slug: str, records: list[dict[str, Any]], folder: Path = ROOT / "catalog/results") -> Path:
+    """Put `records` into the method's file in place of those of the same model and config; others stay."""
+    path = folder / f"{slug}.json"
+    old = json.loads(path.read_text())["records"] if path.exists() else []
+    new = {(record["model"], json.dumps(record["config"], sort_keys=True)): record for record in [*old, *rounded(records)]}
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"schema": 1, "method": slug, "records": list(new.values())}, indent=1) + "\n")
+    os.replace(temporary, path)
+    return path
