@@ -27,7 +27,7 @@ from accel_tools.quality import psnr, quality, ssim
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "build/report"
-STEPS, GUIDANCE, ROWS = 20, 2.0, 4
+STEPS, GUIDANCE, ROWS = 20, 2.0, 2
 DIGITS = list(range(10)) * ROWS
 ARMS = {"tome": {"ratio": 0.5}, "todo": {"factor": 2}, "fora": {"interval": 2}, "toca": {}, "pfdiff": {"k": 1, "h": 1}}
 
@@ -47,7 +47,7 @@ def measure(pipe, arm: Arm) -> tuple[dict, Tensor]:
     with arm.applied(pipe) as patch:
         macs = count_macs(lambda: sample(pipe, arm.steps, [0], guidance=GUIDANCE))
         clock = time.perf_counter()
-        images = sample(pipe, arm.steps, DIGITS, guidance=GUIDANCE)
+        images = sample(pipe, arm.steps, DIGITS, guidance=GUIDANCE, batch=10)
         seconds = time.perf_counter() - clock
         report = patch.report() if patch else {}
     return {"steps": arm.steps, "config": arm.config, "seconds": seconds, "macs": macs, "report": report,
