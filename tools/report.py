@@ -1,7 +1,8 @@
 """Run the bundled model plain and with every method that works on it, and show what each costs and saves.
 
 `python tools/report.py` writes `build/report/index.html`: a picture of each run side by side, and a table with the
-fewer-steps run of equal cost under every method. An unchanged tree keeps its report.
+fewer-steps run of equal cost under every method; and `build/report/samples.png`, the same digits by each method, which the
+site shows as `site/assets/samples.png`. An unchanged tree keeps its report.
 """
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import jinja2
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import methods
@@ -54,13 +55,28 @@ def measure(pipe, arm: Arm) -> tuple[dict, Tensor]:
             "quality": quality(images, torch.tensor(DIGITS))}, images
 
 
-def picture(images: Tensor) -> str:
-    """Images (n, 1, H, W) in [0, 1] as one grid of ten columns, a PNG in a data address."""
+def grid(images: Tensor) -> Image.Image:
+    """Images (n, 1, H, W) in [0, 1] at twice their size in ten columns."""
     n, _, height, width = images.shape
-    grid = images.reshape(n // 10, 10, height, width).transpose(1, 2).reshape(n // 10 * height, 10 * width)
+    pixels = images.reshape(n // 10, 10, height, width).transpose(1, 2).reshape(n // 10 * height, 10 * width)
+    return Image.fromarray((pixels * 255).round().byte().numpy()).resize((10 * width * 2, n // 10 * height * 2), 0)
+
+
+def address(image: Image.Image) -> str:
+    """A PNG as a data address, so that the page is one file."""
     png = io.BytesIO()
-    Image.fromarray((grid * 255).round().byte().numpy()).resize((10 * width * 2, n // 10 * height * 2), 0).save(png, "PNG")
+    image.save(png, "PNG")
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+
+
+def strip(rows: dict[str, Image.Image]) -> Image.Image:
+    """One named row of digits for each run."""
+    width, height = next(iter(rows.values())).size
+    whole = Image.new("L", (width + 110, height * len(rows)), 255)
+    for i, (name, row) in enumerate(rows.items()):
+        whole.paste(row, (110, i * height))
+        ImageDraw.Draw(whole).text((8, i * height + height // 3), name, fill=0, font=ImageFont.load_default(size=18))
+    return whole
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,18 +93,19 @@ def main(argv: list[str] | None = None) -> int:
     print(f"generating {len(DIGITS)} digits in {STEPS} steps, plain and with {len(ARMS)} methods", flush=True)
     sample(pipe, 2, [0], guidance=GUIDANCE)                                    # first calls are slow
     plain, base = measure(pipe, Arm(STEPS))
-    plain |= {"name": "plain", "speedup": 1.0, "picture": picture(base)}
-    rows, fewer = [plain], {}
+    plain |= {"name": "plain", "speedup": 1.0, "picture": address(grid(base))}
+    rows, fewer, first = [plain], {}, {"plain": grid(base[:10])}
     for number, (slug, config) in enumerate(ARMS.items(), 1):
         print(f"  {number}/{len(ARMS)} {slug}", flush=True)
         arm = Arm(STEPS, slug, config)
         row, images = measure(pipe, arm)
+        first[slug] = grid(images[:10])
         steps = equal_cost_steps(row["macs"], plain["macs"], STEPS)
         if steps not in fewer:
             fewer[steps] = measure(pipe, Arm(steps))
         for each, what in ((row, slug), (dict(fewer[steps][0]), f"plain, {steps} steps")):
             shown = images if each is row else fewer[steps][1]
-            rows.append(each | {"name": what, "speedup": plain["seconds"] / each["seconds"], "picture": picture(shown),
+            rows.append(each | {"name": what, "speedup": plain["seconds"] / each["seconds"], "picture": address(grid(shown)),
                                 "psnr": psnr(shown, base), "ssim": ssim(shown, base)})
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -96,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     page = environment.get_template("report.html.j2").render(
         rows=rows, card=card, guidance=GUIDANCE, threads=torch.get_num_threads(), torch=torch.__version__, n=len(DIGITS))
     OUT.mkdir(parents=True, exist_ok=True)
+    strip(first).save(OUT / "samples.png", optimize=True)
     for path, text in ((OUT / "index.html", page), (OUT / "report.json", json.dumps(
             [{k: v for k, v in row.items() if k != "picture"} for row in rows], indent=1)), (stamp, key)):
         path.with_suffix(".tmp").write_text(text, encoding="utf-8")
