@@ -40,14 +40,19 @@ def suite(args: argparse.Namespace, cells: Cells) -> list[str]:
     bench = Bench(args.model, chosen, cells)
     minutes = bench.estimate(work, not args.untimed) / 60
     print(f"{len(work)} configs, {chosen.images} images an arm: about {minutes:.0f} minutes of sampling", flush=True)
-    found, failed = bench.run(work, not args.untimed)
-    for slug, new in found.items():
+
+    def keep(slug: str, record: dict) -> None:
         if not args.untimed:
-            print(records.write(slug, new).relative_to(ROOT))
-        for record in new:
-            for name, arm in record["arms"].items():
-                print(f"  {slug} {record['config']} {name}: {json.dumps(records.rounded(arm))}")
-    return failed
+            records.write(slug, [record])
+        show(record, slug)
+    return bench.run(work, keep, not args.untimed)
+
+
+def show(record: dict, slug: str) -> None:
+    print(f"{slug} {record['config']} on {record['model']}")
+    for name, part in (record["arms"] | {"peer": record.get("peer", {})}).items():
+        if part:
+            print(f"  {name}: {json.dumps(records.rounded(part))}", flush=True)
 
 
 def each_case(cases: list[Case], measure: Callable[[Case], dict], args: argparse.Namespace) -> list[str]:
@@ -63,11 +68,7 @@ def each_case(cases: list[Case], measure: Callable[[Case], dict], args: argparse
             failed.append(f"{slug} {case.arm.config} on {case.model}: {error}")
             continue
         records.write(slug, [record])
-        print(f"{slug} {case.arm.config} on {case.model}")
-        for name, arm in record["arms"].items():
-            print(f"  {name}: {json.dumps(records.rounded(arm))}", flush=True)
-        if "peer" in record:
-            print(f"  peer: {json.dumps(records.rounded(record['peer']))}", flush=True)
+        show(record, slug)
     return failed
 
 

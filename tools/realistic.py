@@ -77,13 +77,16 @@ def small_dit() -> DiTPipeline:
 
 
 @torch.no_grad()
-def latents(pipe: Any, steps: int) -> Tensor:
-    """One run of `steps` steps, always from the same noise; the DiT is guided (a batch of two), the UNet is not."""
+def latents(pipe: Any, steps: int, pixels: int | None = None) -> Tensor:
+    """One run of `steps` steps, always from the same noise; the DiT is guided (a batch of two), the UNet is not.
+
+    `pixels` is the side of a UNet's image where it is not the size the model is made for.
+    """
     random = torch.Generator().manual_seed(0)
     if hasattr(pipe, "unet"):
         text = torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(1))
         return pipe(prompt_embeds=text, num_inference_steps=steps, guidance_scale=1.0, generator=random,
-                    output_type="latent").images
+                    height=pixels, width=pixels, output_type="latent").images
     return torch.from_numpy(pipe([1], num_inference_steps=steps, guidance_scale=4.0, generator=random, output_type="np").images)
 
 
@@ -120,18 +123,23 @@ class Case:
     arm: Arm
     peer: str | None = None
     around: Callable[..., Any] | None = None
+    pixels: int | None = None
+
+    def run(self, pipe: Any) -> Tensor:
+        return latents(pipe, self.arm.steps, self.pixels)
 
 
 UNET, DIT = "UNet of SD 1.5 in shape, 4,096 tokens, random weights", "half a DiT-B/2 in shape, 1,024 tokens, random weights"
+SMALL_IMAGE = "UNet of SD 1.5 in shape, 1,024 tokens, random weights"
 CASES = [
+    Case(UNET, unet, Arm(1, "tome", {"ratio": 0.5, "random": False}), "tomesd", partial(tomesd, ratio=0.5, random=False)),
+    Case(SMALL_IMAGE, unet, Arm(3, "deepcache", {"interval": 3}), "DeepCache", partial(deepcache, interval=3), pixels=256),
+    Case(UNET, unet, Arm(1, "todo", {"factor": 2, "factor_level_2": 2})),
     Case(DIT, dit, Arm(1, "tome", {"ratio": 0.5})),
     Case(DIT, dit, Arm(1, "todo", {"factor": 2})),
     Case(DIT, dit, Arm(4, "fora", {"interval": 3})),
-    Case(DIT, dit, Arm(4, "toca")),
     Case(DIT, dit, Arm(3, "pfdiff", {"k": 1})),
-    Case(UNET, unet, Arm(1, "tome", {"ratio": 0.5, "random": False}), "tomesd", partial(tomesd, ratio=0.5, random=False)),
-    Case(UNET, unet, Arm(1, "todo", {"factor": 2, "factor_level_2": 2})),
-    Case(UNET, unet, Arm(3, "deepcache", {"interval": 3}), "DeepCache", partial(deepcache, interval=3)),
+    Case(DIT, dit, Arm(4, "toca")),
 ]
 SMALL_UNET, SMALL_DIT = "UNet of 81 M parameters, random weights", "DiT of 74 M parameters, random weights"
 OFF = {"tome": {"ratio": 0.0}, "todo": {"factor": 1}, "fora": {"interval": 1}, "toca": {"interval": 1}, "pfdiff": {"k": 0}}
@@ -153,7 +161,7 @@ class Realistic:
             around = {"method": partial(case.arm.applied, pipe)}
             if case.peer in names:
                 around[case.peer] = partial(case.around, pipe)
-            call = partial(latents, pipe, case.arm.steps)
+            call = partial(case.run, pipe)
             return interleave(dict.fromkeys(["plain", *names, "again"], call), self.rounds, around)
         return self.cells.numbers(self.identity(case, what, arms=names), time_all)
 
@@ -168,7 +176,7 @@ class Realistic:
             pipe, out = self.pipe(case.make), {}
 
             def run(name: str) -> None:
-                out[name] = latents(pipe, case.arm.steps)
+                out[name] = case.run(pipe)
 
             found = {"plain": count_macs(partial(run, "plain"))}
             with case.arm.applied(pipe) as patch:
@@ -185,9 +193,9 @@ class Realistic:
     def profile(self, case: Case) -> dict[str, Any]:
         def look() -> dict[str, Any]:
             pipe = self.pipe(case.make)
-            plain = breakdown(partial(latents, pipe, case.arm.steps))
+            plain = breakdown(partial(case.run, pipe))
             with case.arm.applied(pipe):
-                return {"plain": plain, "method": breakdown(partial(latents, pipe, case.arm.steps))}
+                return {"plain": plain, "method": breakdown(partial(case.run, pipe))}
         return self.cells.numbers(self.identity(case, "realistic-profile"), look)
 
     def record(self, case: Case) -> dict[str, Any]:

@@ -22,8 +22,9 @@ PACKAGES = ("genaccel", "torch", "diffusers", "transformers", "triton", "numpy",
 
 
 def provenance(slug: str) -> dict[str, Any]:
-    """Where a number comes from: machine, versions, commit, day, and the hash of the method's code."""
-    return {"hardware": hardware(), "versions": versions(), "commit": _commit(),
+    """Where a number comes from: machine and how busy it was (load over five minutes), versions, commit, day, hash of the
+    method's code."""
+    return {"hardware": hardware(), "load_average": round(os.getloadavg()[1], 1), "versions": versions(), "commit": _commit(),
             "date": datetime.now(UTC).date().isoformat(), "code_hash": code_hash_of(slug)}
 
 

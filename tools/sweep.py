@@ -163,20 +163,18 @@ class Bench:
                     seen.add(key)
         return total
 
-    def run(self, work: Iterable[tuple[str, dict[str, Any]]], timed: bool = True) -> tuple[dict[str, list[dict]], list[str]]:
-        """Records by method, and a line for each config that failed; its error is among the cells."""
-        records: dict[str, list[dict]] = {}
+    def run(self, work: Iterable[tuple[str, dict[str, Any]]], keep: Callable[[str, dict[str, Any]], Any],
+            timed: bool = True) -> list[str]:
+        """Hand each record to `keep(slug, record)` as it is done. -> a line for each config that failed; errors are among
+        the cells."""
         failed = []
         for slug, config in work:
-            start = time.perf_counter()
             try:
-                record = self.record(slug, config, timed)
-                records.setdefault(slug, []).append(record)
-                print(f"{slug} {config}: {time.perf_counter() - start:.0f} s", flush=True)
+                keep(slug, self.record(slug, config, timed))
             except Exception as error:
                 traceback.print_exc()
                 failed.append(f"{slug} {config}: {error}")
-        return records, failed
+        return failed
 
 
 def memory_of(model: str, arm: Arm, images: int) -> dict[str, Any]:

@@ -124,20 +124,22 @@ def test_a_killed_sweep_continues_and_computes_no_cell_twice(make, counted, monk
     with monkeypatch.context() as patched:
         patched.setattr(Bench, "images", killed)
         with pytest.raises(KeyboardInterrupt):
-            make().run(work)
+            make().run(work, lambda *record: None)
     before = len(counted)
-    records, failed = make().run(work)
-    assert not failed and len(counted) > before
+    records = []
+    assert make().run(work, lambda *record: records.append(record)) == [] and len(counted) > before
     drawn = [call for call in counted if call[1] == 2]                # two images a seed; timing takes one
-    fewer = {record["arms"]["fewer_steps"]["steps"] for slug in records for record in records[slug]}
+    fewer = {record["arms"]["fewer_steps"]["steps"] for _, record in records}
     assert len(drawn) == 3 * (1 + len(fewer) + 2)                      # three seeds: plain once, fewer-steps, two methods
-    done = len(counted)
-    assert make().run(work)[0] == records and len(counted) == done     # a finished sweep samples nothing
+    done, again = len(counted), []
+    make().run(work, lambda *record: again.append(record))
+    assert again == records and len(counted) == done                   # a finished sweep samples nothing
 
 
 def test_a_failing_cell_is_recorded_and_the_sweep_goes_on(make, tmp_path):
-    records, failed = make().run([("tome", {"ratio": 7.0}), ("fora", {"interval": 2})])
-    assert [line.split(":")[0] for line in failed] == ["tome {'ratio'"] and list(records) == ["fora"]
+    done = []
+    failed = make().run([("tome", {"ratio": 7.0}), ("fora", {"interval": 2})], lambda slug, record: done.append(slug))
+    assert [line.split(":")[0] for line in failed] == ["tome {'ratio'"] and done == ["fora"]
     error, = (tmp_path / "cells").glob("*.error")
     assert "ratio=7.0 outside [0, 1]" in json.loads(error.read_text())["error"]
 
@@ -167,7 +169,7 @@ def test_a_record_is_complete(make, tmp_path):
     written = json.loads(path.read_text())
     assert (written["schema"], written["method"]) == (1, "fora")
     record, = written["records"]
-    assert {"model", "config", "arms", "report", "suite", "hardware", "versions", "commit", "date", "code_hash",
+    assert {"model", "config", "arms", "report", "suite", "hardware", "load_average", "versions", "commit", "date", "code_hash",
             "real_vs_real"} == set(record)
     assert record["code_hash"].startswith("sha256:") and record["versions"]["torch"] == torch.__version__
     assert list(record["arms"]) == ["plain", "fewer_steps", "method"]
