@@ -113,7 +113,7 @@ class _Solver:
         name = "sample" if "sample" in context.inputs else "hidden_states"
         t = self.grid.timesteps[self.jump.at] / describe(self.patch.model).timestep_scale
         given = torch.as_tensor(context.timestep)
-        return {name: self.springboard(context.sample), "timestep": torch.zeros_like(given) + t.to(given)}
+        return {name: self.springboard(context.sample), "timestep": t.to(given).expand(given.shape)}
 
     def springboard(self, x: Tensor) -> Tensor:
         past = self.past.repeat(len(x) // len(self.past), *[1] * (x.ndim - 1))          # both guidance halves alike

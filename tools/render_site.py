@@ -140,8 +140,8 @@ def nav(site: Site) -> dict[str, list]:
 
 def _curve(losses: list[list[float]]) -> str:
     """Training loss over steps as inline SVG; the loss axis begins at zero."""
-    first, last, top = losses[0][0], losses[-1][0], max(loss for _, loss in losses)
-    points = " ".join(f"{560 * (step - first) / max(1, last - first):.1f},{120 - 115 * loss / top:.1f}" for step, loss in losses)
+    first, length, top = losses[0][0], max(1, losses[-1][0] - losses[0][0]), max(loss for _, loss in losses)
+    points = " ".join(f"{560 * (step - first) / length:.1f},{120 - 115 * loss / top:.1f}" for step, loss in losses)
     return (f'<svg class="curve" viewBox="0 0 560 122" role="img" aria-label="Training loss, from {losses[0][1]:.2f} to '
             f'{losses[-1][1]:.3f}"><polyline points="{points}" fill="none" stroke="currentColor" stroke-width="1.5"/></svg>')
 

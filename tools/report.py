@@ -13,7 +13,7 @@ import io
 import json
 import os
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -25,10 +25,11 @@ import methods
 from accel_tools.arms import Arm, sample
 from accel_tools.macs import count_macs, equal_cost_steps
 from accel_tools.quality import psnr, quality, ssim
+from accel_tools.timing import compare, interleave
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "build/report"
-STEPS, GUIDANCE, ROWS = 20, 2.0, 2
+STEPS, GUIDANCE, ROWS, ROUNDS = 20, 2.0, 2, 3
 DIGITS = list(range(10)) * ROWS
 ARMS = {"tome": {"ratio": 0.5}, "todo": {"factor": 2}, "fora": {"interval": 2}, "toca": {}, "pfdiff": {"k": 1, "h": 1}}
 
@@ -44,14 +45,12 @@ def state_of_the_code() -> str:
 
 
 def measure(pipe, arm: Arm) -> tuple[dict, Tensor]:
-    """One arm: seconds for all digits, MACs an image, what the patch says it did, and the images."""
+    """One arm: MACs an image, what the patch says it did, the judge's verdict, and the images."""
     with arm.applied(pipe) as patch:
         macs = count_macs(lambda: sample(pipe, arm.steps, [0], guidance=GUIDANCE))
-        clock = time.perf_counter()
         images = sample(pipe, arm.steps, DIGITS, guidance=GUIDANCE, batch=10)
-        seconds = time.perf_counter() - clock
         report = patch.report() if patch else {}
-    return {"steps": arm.steps, "config": arm.config, "seconds": seconds, "macs": macs, "report": report,
+    return {"steps": arm.steps, "config": arm.config, "macs": macs, "report": report,
             "quality": quality(images, torch.tensor(DIGITS))}, images
 
 
@@ -93,25 +92,31 @@ def main(argv: list[str] | None = None) -> int:
     print(f"generating {len(DIGITS)} digits in {STEPS} steps, plain and with {len(ARMS)} methods", flush=True)
     sample(pipe, 2, [0], guidance=GUIDANCE)                                    # first calls are slow
     plain, base = measure(pipe, Arm(STEPS))
-    plain |= {"name": "plain", "speedup": 1.0, "picture": address(grid(base))}
-    rows, fewer, first = [plain], {}, {"plain": grid(base[:10])}
+    plain |= {"name": "plain", "picture": address(grid(base))}
+    rows, fewer, first, arms = [plain], {}, {"plain": grid(base[:10])}, {"plain": Arm(STEPS)}
     for number, (slug, config) in enumerate(ARMS.items(), 1):
         print(f"  {number}/{len(ARMS)} {slug}", flush=True)
         arm = Arm(STEPS, slug, config)
         row, images = measure(pipe, arm)
         first[slug] = grid(images[:10])
         steps = equal_cost_steps(row["macs"], plain["macs"], STEPS)
+        arms |= {slug: arm, f"plain, {steps} steps": Arm(steps)}
         if steps not in fewer:
             fewer[steps] = measure(pipe, Arm(steps))
         for each, what in ((row, slug), (dict(fewer[steps][0]), f"plain, {steps} steps")):
             shown = images if each is row else fewer[steps][1]
-            rows.append(each | {"name": what, "speedup": plain["seconds"] / each["seconds"], "picture": address(grid(shown)),
+            rows.append(each | {"name": what, "picture": address(grid(shown)),
                                 "psnr": psnr(shown, base), "ssim": ssim(shown, base)})
+    print(f"timing {len(arms)} runs in turn, {ROUNDS} rounds", flush=True)
+    seconds = interleave({name: partial(sample, pipe, arm.steps, [3, 8], guidance=GUIDANCE) for name, arm in arms.items()},
+                         ROUNDS, {name: partial(arm.applied, pipe) for name, arm in arms.items()})
+    rows = [row | compare(seconds["plain"], seconds[row["name"]]) for row in rows]
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     card = methods.card("dit")
     page = environment.get_template("report.html.j2").render(
-        rows=rows, card=card, guidance=GUIDANCE, threads=torch.get_num_threads(), torch=torch.__version__, n=len(DIGITS))
+        rows=rows, card=card, guidance=GUIDANCE, threads=torch.get_num_threads(), torch=torch.__version__, n=len(DIGITS),
+        rounds=ROUNDS)
     OUT.mkdir(parents=True, exist_ok=True)
     strip(first).save(OUT / "samples.png", optimize=True)
     for path, text in ((OUT / "index.html", page), (OUT / "report.json", json.dumps(

@@ -23,7 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import methods
 from accel_tools import digits
+from accel_tools.arms import sample
+from accel_tools.quality import quality
 
 ROOT = Path(__file__).parents[1]
 ZOO = ROOT / "methods/_zoo"
@@ -238,30 +241,13 @@ def train_dit(seed: int, scale: float) -> None:
 
 def sample_metrics(n: int = 500, steps: int = 50, guidance: float = 2.0, seed: int = 0) -> dict:
     """Label accuracy, recall per class and Frechet distance of `n` images, beside the real-vs-real distance."""
-    from safetensors.torch import load_file
-
-    import methods
-    from methods._zoo import judge as zoo_judge
-    from methods._zoo import load_judge
-    pipe, judge = methods.tiny("dit"), load_judge()
-    pipe.set_progress_bar_config(disable=True)
-    labels = torch.arange(n) % 10
-    random = torch.Generator().manual_seed(seed)
-    images = []
-    for part in labels.split(50):
-        out = pipe(part.tolist(), guidance_scale=guidance, num_inference_steps=steps, generator=random, output_type="np")
-        images.append(torch.from_numpy(out.images).permute(0, 3, 1, 2) * 2 - 1)
-        print(f"sampled {sum(map(len, images))}/{n}", flush=True)
-    with torch.no_grad():
-        features = judge.features(torch.cat(images))
-        guess = judge.head(features).argmax(-1)
-    reference = load_file(ZOO / "judge_reference.safetensors")
-    distance = zoo_judge.frechet(*zoo_judge.moments(features), reference["mean"], reference["cov"])
-    real = json.loads((ZOO / "judge.json").read_text())["metrics"]["frechet_real_vs_real"]
+    labels = [i % 10 for i in range(n)]
+    images = sample(methods.tiny("dit"), steps, labels, seed=seed, guidance=guidance)
+    verdict = quality(images, torch.tensor(labels))
+    real = methods.card("judge")["metrics"]["frechet_real_vs_real"]
     return {"images": n, "sampler": f"DDIM, {steps} steps, guidance {guidance}, seed {seed}",
-            "label_accuracy": round(float((guess == labels).float().mean()), 4),
-            "recall": [round(float((guess[labels == c] == c).float().mean()), 3) for c in range(10)],
-            "frechet": round(distance, 4), "frechet_real_vs_real": real}
+            "label_accuracy": round(verdict["label_accuracy"], 4), "recall": [round(share, 3) for share in verdict["recall"]],
+            "frechet": round(verdict["frechet"], 4), "frechet_real_vs_real": real}
 
 
 # ---- what is written ---------------------------------------------------------------------------------------------------
