@@ -40,7 +40,7 @@ def fence(text: str, language: str = "", options: str = "") -> str:
 
 
 def number(value: object, form: str) -> str:
-    """A value in its unit: `form` is plain, seconds, times, count or bytes. Lists, dicts and words go too."""
+    """A value in its unit: `form` is plain, seconds, times, percent, count or bytes. Lists, dicts and words go too."""
     if isinstance(value, list | tuple):
         return " to ".join(number(part, form) for part in value)
     if isinstance(value, dict):
@@ -49,6 +49,8 @@ def number(value: object, form: str) -> str:
         return "" if value is None else str(value)
     if form == "seconds":
         return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
+    if form == "percent":
+        return f"{100 * value:.2f} %"
     if form == "times":
         return f"{value:.2f}×"
     if form in UNITS:

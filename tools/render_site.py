@@ -35,9 +35,11 @@ FAMILIES = ("unet", "dit", "pixart", "sd3", "flux", "latte", "cogvideox")     # 
 ARMS = {"plain": "Unaccelerated", "fewer_steps": "Fewer steps, equal cost"}
 METRICS = {                                               # key in an arm of a result -> column, how to print it
     "steps": ("Steps", "plain"), "latency_s": ("Latency", "seconds"), "latency_spread": ("Spread", "plain"),
-    "speedup": ("Speed-up", "times"), "macs": ("MACs", "count"), "peak_bytes": ("Peak memory", "bytes"),
-    "cached_bytes": ("Cached", "bytes"), "psnr": ("PSNR (dB)", "plain"), "ssim": ("SSIM", "plain"),
-    "label_accuracy": ("Label accuracy", "plain"), "frechet": ("Fréchet distance", "plain"), "n": ("Images", "plain"),
+    "speedup": ("Speed-up", "times"), "speedup_spread": ("Spread of the ratio", "times"), "mac_bound": ("MAC bound", "times"),
+    "overhead": ("Overhead", "percent"), "overhead_spread": ("Spread of the overhead", "percent"),
+    "macs": ("MACs", "count"), "peak_bytes": ("Peak memory", "bytes"), "cached_bytes": ("Cached", "bytes"),
+    "psnr": ("PSNR (dB)", "plain"), "ssim": ("SSIM", "plain"), "label_accuracy": ("Label accuracy", "plain"),
+    "lowest_recall": ("Lowest recall", "plain"), "frechet": ("Fréchet distance", "plain"), "n": ("Images", "plain"),
 }
 
 
@@ -267,8 +269,11 @@ def _measured(site: Site, entry: Entry) -> list[dict]:
     found = []
     for record in site.results.get(entry.slug, {}).get("records", []):
         arms = record.get("arms", {})
+        arms = {name: arm | {"lowest_recall": min(arm["recall"].values())} if arm.get("recall") else arm
+                for name, arm in arms.items()}
         keys = [key for key in METRICS if any(key in arm for arm in arms.values())]
-        keys += sorted({key for arm in arms.values() for key in arm} - METRICS.keys())
+        keys += sorted({key for arm in arms.values() for key, value in arm.items()
+                        if not isinstance(value, dict | list) and key not in METRICS})
         found.append({
             "model": record.get("model", "unknown model"),
             "config": ", ".join(f"{key}={value!r}" for key, value in record.get("config", {}).items()) or "defaults",
@@ -276,7 +281,8 @@ def _measured(site: Site, entry: Entry) -> list[dict]:
             "rows": [(ARMS.get(arm, entry.name if arm == "method" else arm),
                       [number(values.get(key), METRICS.get(key, ("", "plain"))[1]) for key in keys])
                      for arm, values in arms.items()],
-            "facts": {key: record[key] for key in ("hardware", "commit", "date") if record.get(key)},
+            "facts": {key: record[key] for key in ("hardware", "commit", "date") if record.get(key)} | {
+                key: value for key, value in record.get("suite", {}).items() if key in ("rounds", "guidance", "seeds")},
             "versions": record.get("versions", {}),
             "stale": record.get("code_hash") != site.hashes.get(entry.slug),
         })
