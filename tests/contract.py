@@ -62,7 +62,9 @@ def plain(family: str, **setting) -> torch.Tensor:
 
 def working(method: ModuleType) -> list[Family]:
     """The families on which the committed table says the method works; tests/test_compatibility.py holds it true."""
-    table = json.loads(COMPATIBILITY.read_text())[slug(method)]
+    table = json.loads(COMPATIBILITY.read_text()).get(slug(method))
+    if table is None:
+        raise LookupError(f"no row for {slug(method)} in {COMPATIBILITY.name}: run pytest tests/test_compatibility.py --update")
     return [FAMILIES[name] for name, entry in table.items() if entry["works"]]
 
 
