@@ -150,7 +150,7 @@ def train_judge(seed: int, scale: float) -> None:
     judge = run.averaged.eval()
     weights = write_weights("judge", judge)
     metrics = judge_metrics()
-    write_card("judge", weights, run, config={}, metrics=metrics, batch=128,
+    write_card("judge", weights, run, seed=seed, config={}, metrics=metrics, batch=128,
                data=f"npm {digits.PACKAGE}: 8,000 training images, 2,000 held out; random rotation, scale, shear, shift")
 
 
@@ -231,7 +231,7 @@ def train_dit(seed: int, scale: float) -> None:
     weights = write_weights("dit", run.averaged)
     run.losses = [(s - first.steps, l) for s, l in first.losses] + run.losses
     run.seconds += first.seconds
-    write_card("dit", weights, run, config={"transformer": DIT, "scheduler": SCHEDULER}, batch=32,
+    write_card("dit", weights, run, seed=seed, config={"transformer": DIT, "scheduler": SCHEDULER}, batch=32,
                metrics={}, data=f"npm {digits.PACKAGE}: 8,000 training images, zero-padded to 32x32; first "
                f"{first.steps} steps of 96 images at 16x16, then {run.steps} steps of 32 at 32x32; pixel space")
     card = json.loads((ZOO / "dit.json").read_text())
@@ -260,9 +260,9 @@ def write_weights(name: str, model: nn.Module) -> Path:
     return path
 
 
-def write_card(name: str, weights: Path, run: Run, *, config: dict, metrics: dict, data: str, batch: int) -> None:
+def write_card(name: str, weights: Path, run: Run, *, seed: int, config: dict, metrics: dict, data: str, batch: int) -> None:
     card = {"name": name, "config": config, "data": data, "command": f"python tools/train_zoo.py {name}",
-            "seed": run.seed, "steps": run.steps, "batch": batch, "seconds": round(run.seconds),
+            "seed": seed, "steps": run.steps, "batch": batch, "seconds": round(run.seconds),
             "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads",
             "torch": torch.__version__, "bytes": weights.stat().st_size,
             "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(), "metrics": metrics,
