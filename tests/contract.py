@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import tempfile
 import threading
 from dataclasses import dataclass
 from functools import cache
@@ -129,8 +130,7 @@ def runs_leave_nothing_behind(case: Case) -> None:
 
 
 def an_interrupted_run_leaves_nothing_behind(case: Case) -> None:
-    pipe, model = case.family.pipe(), None
-    model = case.model(pipe)
+    pipe = case.family.pipe()
     with case.method.apply(pipe, case.config):
         calls = []
 
@@ -139,7 +139,7 @@ def an_interrupted_run_leaves_nothing_behind(case: Case) -> None:
             if len(calls) == 3:
                 raise KeyboardInterrupt
 
-        handle = model.register_forward_hook(stop)
+        handle = case.model(pipe).register_forward_hook(stop)
         with pytest.raises(KeyboardInterrupt):
             case.run(pipe, steps=9)
         handle.remove()
@@ -228,8 +228,7 @@ def two_interleaved_pipelines_are_refused(case: Case) -> None:
         pipe.scheduler.step = original
 
 
-def saving_is_clean(case: Case, tmp_path: Path | None = None) -> None:
-    import tempfile
+def saving_is_clean(case: Case) -> None:
     pipe = case.family.pipe()
     model = case.model(pipe)
     names = list(model.state_dict())

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from accel_tools import render_readme
 from accel_tools.catalog import ROOT
 from accel_tools.code_hash import code_hash
 
@@ -70,8 +71,5 @@ def write(slug: str, records: list[dict[str, Any]], folder: Path = ROOT / "catal
     path = folder / f"{slug}.json"
     old = json.loads(path.read_text())["records"] if path.exists() else []
     new = {(record["model"], json.dumps(record["config"], sort_keys=True)): record for record in [*old, *rounded(records)]}
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"schema": 1, "method": slug, "records": list(new.values())}, indent=1) + "\n")
-    os.replace(temporary, path)
+    render_readme.write(path, json.dumps({"schema": 1, "method": slug, "records": list(new.values())}, indent=1) + "\n")
     return path
