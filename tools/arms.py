@@ -15,31 +15,44 @@ from methods._core.patch import Patch
 
 @dataclass(frozen=True)
 class Arm:
-    """`steps` of the sampler, under `method` with `config` if one is named."""
+    """`steps` of the sampler (None where a model has none), under `method` with `config` if one is named."""
 
-    steps: int
+    steps: int | None
     method: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
     @contextmanager
     def applied(self, target: Any) -> Iterator[Patch | None]:
-        """The method's patch on a pipeline or its denoiser, taken off at the end; None where the arm has no method."""
+        """The method at work on `target`, and not at the end: a patch on a pipeline or its denoiser, or the decoder of a
+        token model (tasks.TokenModel). Yields what has the method's `report()`; None where the arm has no method."""
         if self.method is None:
             yield None
             return
         module = importlib.import_module(f"methods.{self.method}")
-        with module.apply(target, module.Config(**self.config)) as patch:
-            yield patch
+        at_work = (target.decoding(module, self.config) if hasattr(module, "generate")
+                   else module.apply(target, module.Config(**self.config)))
+        with at_work as method:
+            yield method
+
+
+def batches(n: int, batch: int) -> list[slice]:
+    """The parts in which `n` prompts are sampled."""
+    return [slice(start, min(start + batch, n)) for start in range(0, n, batch)]
 
 
 @torch.no_grad()
-def sample(pipe: Any, steps: int, labels: Sequence[int], *, seed: int = 0, guidance: float = 2.0, batch: int = 50) -> Tensor:
-    """Images (n, C, H, W) in [0, 1] of a class-conditional pipeline; equal seed, labels and batch start from equal noise."""
+def sample_batch(pipe: Any, steps: int, prompts: Sequence[Any], *, seed: int, first: int, guidance: float,
+                 **settings: Any) -> Tensor:
+    """The images of one batch, of which `first` says where in its set it begins; its noise depends on `seed` and `first`
+    alone, so that the batches of a set can be drawn in any order and by several processes. `settings` of the call go on."""
     pipe.set_progress_bar_config(disable=True)
-    random = torch.Generator().manual_seed(seed)
-    images = []
-    for start in range(0, len(labels), batch):
-        out = pipe(list(labels[start:start + batch]), guidance_scale=guidance, num_inference_steps=steps,
-                   generator=random, output_type="np").images
-        images.append(torch.from_numpy(out).permute(0, 3, 1, 2))
-    return torch.cat(images)
+    out = pipe(list(prompts), guidance_scale=guidance, num_inference_steps=steps, output_type="np",
+               generator=torch.Generator().manual_seed(seed + 1_000_003 * first), **settings)
+    return torch.as_tensor(out.frames if hasattr(out, "frames") else out.images).movedim(-1, -3)
+
+
+def sample(pipe: Any, steps: int, labels: Sequence[Any], *, seed: int = 0, guidance: float = 2.0, batch: int = 50) -> Tensor:
+    """Images (n, C, H, W) or clips (n, F, C, H, W) in [0, 1] of a pipeline asked for `labels`, class numbers or prompts;
+    equal seed, labels and batch start from equal noise."""
+    return torch.cat([sample_batch(pipe, steps, labels[part], seed=seed, first=part.start, guidance=guidance)
+                      for part in batches(len(labels), batch)])

@@ -1,15 +1,16 @@
-"""Measures methods by one protocol and writes catalog/results/<slug>.json.
+"""Measures methods by one protocol and writes catalog/results/<slug>.json and catalog/baselines/<model>.json.
 
-    python tools/bench.py                            the quick suite on the digit DiT: 100 images, 20 steps, all methods
+    python tools/bench.py                            the quick suite: every method on every bundled model that takes it
     python tools/bench.py --suite paper              the same with 500 images and more rounds
+    python tools/bench.py --model unet --method tome deepcache
     python tools/bench.py --method tome --realistic  speed on models of real size with random weights, beside the MAC bound
     python tools/bench.py --overhead                 what an applied off switch costs
     python tools/bench.py --catalog                  how the catalogue tools grow
     python tools/bench.py --kernels                  Triton kernels against their references
 
-A sweep can be killed and continues where it was: finished pieces lie in build/bench/cells. Timings are paired and
-interleaved; run them on a machine that does nothing else. `--untimed` does all that a busy machine cannot spoil, and
-leaves the results as they are.
+The entries of the catalogue say which configs are measured (`bench:`). A sweep can be killed and continues where it was:
+finished pieces lie in build/bench/cells. Timings are paired and interleaved; run them on a machine that does nothing else.
+`--untimed` does all that a busy machine cannot spoil, and leaves the results as they are.
 """
 from __future__ import annotations
 
@@ -18,34 +19,68 @@ import dataclasses
 import json
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from accel_tools import catalog_bench, kernel_bench, records
-from accel_tools.catalog import ROOT
+from accel_tools.catalog import ROOT, load
 from accel_tools.cells import Cells
 from accel_tools.realistic import CASES, SWITCHES, Case, Realistic
-from accel_tools.sweep import CONFIGS, PAPER, QUICK, Bench
+from accel_tools.sweep import PAPER, QUICK, Bench, Work, work
+from accel_tools.tasks import TASKS, bundled
 
 FOLDER = ROOT / "build/bench/cells"
 
 
 def suite(args: argparse.Namespace, cells: Cells) -> list[str]:
-    """All configs of the chosen methods on one small model. -> a line for each failure"""
+    """Every method that was asked for on every model that was. -> a line for each failure"""
     chosen = PAPER if args.suite == "paper" else QUICK
     chosen = dataclasses.replace(chosen, images=args.images or chosen.images, rounds=args.rounds or chosen.rounds)
-    work = [(slug, config) for slug, config in CONFIGS[args.model] if slug in (args.method or [slug])]
-    bench = Bench(args.model, chosen, cells)
-    minutes = bench.estimate(work, not args.untimed) / 60
-    print(f"{len(work)} configs, {chosen.images} images an arm: about {minutes:.0f} minutes of sampling", flush=True)
+    catalog, timed = load(), not args.untimed
+    plans = [Plan(Bench(TASKS[model], chosen, cells), work(catalog, model, args.method), curve=not args.method)
+             for model in args.model or bundled()]
+    minutes = [plan.bench.estimate(plan.work, timed) / 60 for plan in plans]
+    for plan, each in zip(plans, minutes, strict=True):
+        print(f"{plan.bench.task.model}: {len(plan.work)} configs, about {each:.0f} minutes of sampling")
+        for slug, reason in plan.refused.items():
+            print(f"  not {slug}: {reason}")
+    print(f"{chosen.images} images an arm, {sum(minutes):.0f} minutes in all", flush=True)
+    return [line for plan in plans for line in sweep(plan, timed)]
+
+
+class Plan:
+    """What is measured on one model: `work`, and whether the `curve` of fewer steps is. `refused` is what does not work."""
+
+    def __init__(self, bench: Bench, wanted: list[Work], curve: bool):
+        self.bench, self.curve = bench, curve and bool(bench.task.curve)
+        reasons = [(slug, config, bench.refusal(slug, config)) for slug, config in wanted]
+        self.work = [(slug, config) for slug, config, reason in reasons if reason is None]
+        self.refused = {slug: reason for slug, _, reason in reasons if reason is not None}
+
+
+def sweep(plan: Plan, timed: bool) -> list[str]:
+    """Measure a plan and write what it gives. -> a line for each failure"""
+    bench, failed = plan.bench, []
 
     def keep(slug: str, record: dict) -> None:
-        if not args.untimed:
+        if timed:
             records.write(slug, [record])
         show(record, slug)
-    return bench.run(work, keep, not args.untimed)
+    if plan.curve:
+        try:
+            baseline = bench.baseline(timed)
+        except Exception as error:
+            traceback.print_exc()
+            failed.append(f"fewer steps on {bench.task.model}: {error}")
+        else:
+            if timed:
+                records.write_baseline(bench.task.model, {"plain": baseline})
+            for arm in baseline["curve"]:
+                print(f"{bench.task.model}, {arm['steps']} steps: {json.dumps(records.rounded(arm))}", flush=True)
+    return failed + bench.run(plan.work, keep, timed)
 
 
 def show(record: dict, slug: str) -> None:
@@ -86,7 +121,7 @@ def kernels() -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", nargs="+", metavar="SLUG", help="only these methods")
-    parser.add_argument("--model", choices=CONFIGS, default="dit")
+    parser.add_argument("--model", nargs="+", choices=TASKS, metavar="MODEL", help=f"only these of {', '.join(TASKS)}")
     parser.add_argument("--suite", choices=("quick", "paper"), help="default: quick, unless another measurement is named")
     parser.add_argument("--images", type=int, help="images an arm, in place of the suite's")
     parser.add_argument("--untimed", action="store_true", help="only images, MACs and memory; writes no results")

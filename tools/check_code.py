@@ -11,7 +11,7 @@ from pathlib import Path
 
 from accel_tools.catalog import Catalog
 from accel_tools.code_hash import Source
-from accel_tools.rules import entry_file
+from accel_tools.rules import allowed, entry_file
 from accel_tools.schema import UNFILLED, Entry, Paper
 from accel_tools.yaml_lines import Problem
 
@@ -68,6 +68,7 @@ def _module_problems(catalog: Catalog, source: Source, entry: Entry, file: str) 
     for name in needed:
         if name not in names:
             yield Problem(file, 1, f"a method of kind {entry.kind} must define {name!r}")
+    yield from _bench_problems(catalog, source, entry, {field for part in files for field in _config_fields(source.tree(part))})
     for part in files:
         name = part.relative_to(catalog.root).as_posix()
         yield from _unfilled(name, part)
@@ -132,6 +133,31 @@ def _config_problems(file: str, tree: ast.Module, path: Path) -> Iterator[Proble
         above = {first - 1} if lines[first - 2].lstrip().startswith("#") else set()
         if isinstance(node, ast.AnnAssign) and not comments & {*range(first, last + 1), *above}:
             yield Problem(file, node.lineno, f"Config.{node.target.id} needs a comment: symbol, where in the paper")
+
+
+def _config_fields(tree: ast.Module) -> list[str]:
+    config = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config"), None)
+    return [n.target.id for n in config.body if isinstance(n, ast.AnnAssign)] if config else []
+
+
+def _bench_problems(catalog: Catalog, source: Source, entry: Entry, fields: set[str]) -> Iterator[Problem]:
+    """What is to be measured names bundled models and fields of Config."""
+    tasks = catalog.root / "tools/tasks.py"
+    models = _keys(source.tree(tasks), "TASKS") if tasks.is_file() else entry.bench.keys()
+    for model, configs in entry.bench.items():
+        if model not in models:
+            yield Problem(entry_file(entry.slug), catalog.line(entry.slug, "bench", model),
+                          f"bench.{model}: no bundled model; {allowed(model, sorted(models))}")
+        for i, config in enumerate(configs):
+            for name in config.keys() - fields:
+                yield Problem(entry_file(entry.slug), catalog.line(entry.slug, "bench", model, i, name),
+                              f"bench.{model}.{i}: Config has no field {name!r}; {allowed(name, sorted(fields))}")
+
+
+def _keys(tree: ast.Module, name: str) -> list[str]:
+    """Keys of the mapping that is written out under `name`."""
+    made = next(node.value for node in tree.body if isinstance(node, ast.AnnAssign) and node.target.id == name)
+    return [key.value for key in made.keys]
 
 
 def _import_problems(catalog: Catalog, source: Source, entry: Entry, file: str, path: Path) -> Iterator[Problem]:

@@ -1,4 +1,10 @@
-"""What stands in catalog/results/<slug>.json: measured records, each with all that is needed to repeat or to doubt it."""
+"""What stands in catalog/results/<slug>.json and catalog/baselines/<model>.json: measured records, each with all that is
+needed to repeat or to doubt it.
+
+Results: a record for each model and config, with its arms. Since schema 2 a record may come from any bundled model, name its
+score, and say under `missing` why an arm does not exist; those of schema 1 read the same.
+Baselines: what a model does without this library, along a curve of fewer steps, and under the packages of others.
+"""
 from __future__ import annotations
 
 import json
@@ -19,14 +25,15 @@ from accel_tools.catalog import ROOT
 from accel_tools.code_hash import code_hash
 
 code_hash_of = cache(code_hash)          # once a process: the code that runs is the code that was imported
-PACKAGES = ("genaccel", "torch", "diffusers", "transformers", "triton", "numpy", "tomesd", "DeepCache")
+PACKAGES = ("genaccel", "torch", "diffusers", "transformers", "triton", "numpy", "tomesd", "DeepCache", "tgate", "cache-dit")
 
 
-def provenance(slug: str) -> dict[str, Any]:
-    """Where a number comes from: machine and how busy it was (load over five minutes), versions, commit, day, hash of the
-    method's code."""
+def provenance(slug: str | None = None) -> dict[str, Any]:
+    """Where a number comes from: machine and how busy it was (load over five minutes), versions, commit, day, and of a method
+    the hash of its code."""
+    code = {"code_hash": code_hash_of(slug)} if slug else {}
     return {"hardware": hardware(), "load_average": round(os.getloadavg()[1], 1), "versions": versions(), "commit": _commit(),
-            "date": datetime.now(UTC).date().isoformat(), "code_hash": code_hash_of(slug)}
+            "date": datetime.now(UTC).date().isoformat(), **code}
 
 
 def hardware() -> str:
@@ -69,7 +76,22 @@ def rounded(value: Any) -> Any:
 def write(slug: str, records: list[dict[str, Any]], folder: Path = ROOT / "catalog/results") -> Path:
     """Put `records` into the method's file in place of those of the same model and config; others stay."""
     path = folder / f"{slug}.json"
-    old = json.loads(path.read_text())["records"] if path.exists() else []
+    old = _read(path).get("records", [])
     new = {(record["model"], json.dumps(record["config"], sort_keys=True)): record for record in [*old, *rounded(records)]}
-    render_readme.write(path, json.dumps({"schema": 1, "method": slug, "records": list(new.values())}, indent=1) + "\n")
+    return _write(path, {"schema": 2, "method": slug, "records": list(new.values())})
+
+
+def write_baseline(model: str, part: dict[str, Any], folder: Path = ROOT / "catalog/baselines") -> Path:
+    """Put `part`, such as {"plain": ...} or {"peers": ...}, into the model's file; other parts stay."""
+    path = folder / f"{model}.json"
+    return _write(path, {"schema": 1, "model": model} | _read(path) | rounded(part))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write(path: Path, data: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    render_readme.write(path, json.dumps(data, indent=1) + "\n")
     return path

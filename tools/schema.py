@@ -4,7 +4,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
@@ -46,6 +46,20 @@ def _yaml_bool(value: object) -> object:
     return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
 
 
+def _setting(value: object) -> object:
+    """A value of a Config as YAML means it: true, 2, 0.5, a list for a tuple, or a word."""
+    if isinstance(value, list):
+        return tuple(_setting(part) for part in value)
+    if not isinstance(value, str) or value in ("true", "false"):
+        return _yaml_bool(value)
+    for number in (int, float):
+        try:
+            return number(value)
+        except ValueError:
+            continue
+    return value
+
+
 def _word(pattern: str, what: str, schema: str | None = None) -> object:
     """A string that matches `pattern`; `what` says so in words."""
     compiled = re.compile(pattern)
@@ -61,6 +75,7 @@ def _word(pattern: str, what: str, schema: str | None = None) -> object:
 Line = Annotated[str, AfterValidator(_one_line)]
 Prose = Annotated[str, AfterValidator(_prose)]
 Flag = Annotated[bool, BeforeValidator(_yaml_bool)]
+Setting = Annotated[Any, BeforeValidator(_setting)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Https = _word(r"https://[^\s<>\"'\\`{}|]+", "an https:// link")
 Repo = _word(r"[\w.-]+/[\w.-]+|https://[^\s<>\"'\\`{}|]+", "owner/repo on GitHub or an https:// link")
@@ -182,6 +197,8 @@ class Entry(Strict):
     rows: list[Row] = []
     reported: list[Reported] = []
     fidelity: Fidelity | None = None
+    # configs that tools/bench.py measures on a bundled model; on one that is not named, the default
+    bench: dict[Slug, Annotated[list[dict[str, Setting]], Field(min_length=1)]] = {}
     errata: list[Erratum] = []
     notes: Prose | None = None
     _slug: str = PrivateAttr("")

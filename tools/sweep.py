@@ -1,10 +1,10 @@
-"""Methods on a small trained model: the unaccelerated run, fewer steps of equal cost and the method, side by side."""
+"""Methods on a bundled model: the unaccelerated run, fewer steps of equal cost and the method, side by side."""
 from __future__ import annotations
 
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -12,159 +12,207 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import methods
-from accel_tools.arms import Arm, sample
+from accel_tools.arms import Arm
+from accel_tools.catalog import Catalog
 from accel_tools.cells import Cells
 from accel_tools.macs import count_macs, equal_cost_steps
 from accel_tools.memory import in_fresh_process, peak_allocated, peak_resident
-from accel_tools.quality import psnr, quality, real_frechet, ssim
+from accel_tools.quality import psnr, ssim
 from accel_tools.records import code_hash_of, hardware, provenance
+from accel_tools.tasks import TASKS, Task
 from accel_tools.timing import compare, interleave
 from methods._zoo import card
 
-CONFIGS: dict[str, list[tuple[str, dict[str, Any]]]] = {"dit": [
-    ("tome", {"ratio": 0.5}), ("todo", {"factor": 2}), ("fora", {"interval": 2}), ("fora", {"interval": 3}), ("toca", {}),
-    ("pfdiff", {"k": 1}), ("pfdiff", {"k": 2})]}
+Work = tuple[str, dict[str, Any]]                 # a method and its config
 
 
 @dataclass(frozen=True)
 class Suite:
-    """How much is measured: `images` in all, split over `seeds`; `rounds` of interleaved runs of `timed_images` each."""
+    """How much is measured: `images` in all, split over `seeds`; `rounds` of interleaved timed runs."""
 
     name: str
     images: int
     rounds: int
-    steps: int = 20
     seeds: tuple[int, ...] = (0, 1, 2)
-    guidance: float = 2.0
-    batch: int = 50
-    timed_images: int = 4
 
-    def labels(self, seed: int) -> list[int]:
-        """The classes asked for under one seed; all seeds together ask for `images`."""
+    def share(self, seed: int) -> tuple[int, int]:
+        """How many images are drawn under one seed, and the number of the first of them."""
         place = self.seeds.index(seed)
-        share = self.images // len(self.seeds) + (place < self.images % len(self.seeds))
-        return [i % 10 for i in range(share)]
+        each, more = divmod(self.images, len(self.seeds))
+        return each + (place < more), place * each + min(place, more)
 
 
-QUICK = Suite("quick", images=100, rounds=5)
+QUICK = Suite("quick", images=48, rounds=3)
 PAPER = Suite("paper", images=500, rounds=9)
+
+
+def work(catalog: Catalog, model: str, chosen: Sequence[str] | None = None) -> list[Work]:
+    """What is measured on a model: the configs that the entries name for it, the default one where an entry names none."""
+    kinds = TASKS[model].kinds
+    return [(slug, config) for slug, entry in catalog.entries.items()
+            if entry.kind in kinds and not entry.pending and (chosen is None or slug in chosen)
+            for config in entry.bench.get(model, [{}])]
 
 
 class Bench:
     """All measurements of one model under one suite, each kept in `cells`."""
 
-    def __init__(self, model: str, suite: Suite, cells: Cells, *, load: Callable[[str], Any] = methods.tiny):
-        self.model, self.suite, self.cells = model, suite, cells
-        self.pipe = load(model)
-        self.plain = Arm(suite.steps)
+    def __init__(self, task: Task, suite: Suite, cells: Cells):
+        self.task, self.suite, self.cells = task, suite, cells
+        self.pipe = task.load()
+        self.plain = Arm(task.steps)
 
     def identity(self, what: str, *arms: Arm, **more: Any) -> dict[str, Any]:
         code = {arm.method: code_hash_of(arm.method) for arm in arms if arm.method}
-        return {"what": what, "model": self.model, "weights": card(self.model)["sha256"],
-                "model_config": card(self.model)["config"], "torch": torch.__version__,
-                "arms": [asdict(arm) for arm in arms], "code": code, **more}
+        made = card(self.task.model)
+        return {"what": what, "model": self.task.model, "weights": made["sha256"], "model_config": made["config"],
+                "torch": torch.__version__, "arms": [asdict(arm) for arm in arms], "code": code,
+                "guidance": self.task.guidance, **more}
+
+    def refusal(self, slug: str, config: dict[str, Any]) -> str | None:
+        """Why a method does not work on this model, in its own words; None where it does, or fails in another way."""
+        try:
+            with Arm(self.task.steps, slug, config).applied(self.pipe):
+                return None
+        except ValueError as error:
+            return str(error)
+        except Exception:                                          # the sweep will meet it again and record it
+            return None
 
     def macs(self, arm: Arm) -> int:
-        """Multiply-accumulates of one image."""
+        """Multiply-accumulates of one image; of a decoder, whose passes differ from image to image, the mean of those timed."""
+        prompts = self.task.prompts(1 if arm.steps else self.task.timed)
+
         def count() -> int:
             with arm.applied(self.pipe):
-                return count_macs(lambda: sample(self.pipe, arm.steps, [0]))
-        return self.cells.numbers(self.identity("macs", arm), count)
+                return count_macs(lambda: self.task.sample(self.pipe, arm.steps, prompts)) // len(prompts)
+        return self.cells.numbers(self.identity("macs", arm, n=len(prompts)), count)
 
-    def fewer(self, arm: Arm) -> Arm:
-        """The plain arm that costs what `arm` costs, or just below."""
-        return Arm(equal_cost_steps(self.macs(arm), self.macs(self.plain), self.plain.steps))
+    def arms(self, method: Arm) -> dict[str, Arm]:
+        """The arms of a table; without "fewer_steps" where the model has no such run."""
+        plain = self.task.plain(method.method)
+        if self.task.no_fewer_steps:
+            return {"plain": plain, "method": method}
+        fewer = equal_cost_steps(self.macs(method), self.macs(plain), plain.steps)
+        return {"plain": plain, "fewer_steps": Arm(fewer), "method": method}
 
     def images_identity(self, arm: Arm, seed: int) -> dict[str, Any]:
-        suite = self.suite
-        return self.identity("images", arm, seed=seed, n=len(suite.labels(seed)), guidance=suite.guidance, batch=suite.batch)
+        n, first = self.suite.share(seed)
+        return self.identity("images", arm, seed=seed, n=n, first=first, batch=self.task.batch)
+
+    def prompts(self, seed: int) -> list[Any]:
+        return self.task.prompts(*self.suite.share(seed))
 
     def images(self, arm: Arm, seed: int) -> Tensor:
         def draw() -> Tensor:
             with arm.applied(self.pipe):
-                return sample(self.pipe, arm.steps, self.suite.labels(seed), seed=seed, guidance=self.suite.guidance,
-                              batch=self.suite.batch)
+                return self.task.sample(self.pipe, arm.steps, self.prompts(seed), seed=seed)
         return self.cells.tensor(self.images_identity(arm, seed), draw)
 
-    def quality(self, arm: Arm) -> dict[str, Any]:
+    def quality(self, arm: Arm, plain: Arm) -> dict[str, Any]:
         """What the judge says of all images, distance to the plain ones, and the range over the seeds."""
-        found: dict[str, list[Any]] = {"images": [], "labels": [], "plain": [], "label_accuracy": [], "psnr": [], "ssim": []}
-        for seed in self.suite.seeds:
-            images, plain = self.images(arm, seed), self.images(self.plain, seed)
-            labels = torch.tensor(self.suite.labels(seed))
-            one = {"images": images, "labels": labels, "label_accuracy": quality(images, labels)["label_accuracy"]}
-            if arm != self.plain:
-                one |= {"psnr": psnr(images, plain), "ssim": ssim(images, plain)}
-            for key, value in one.items():
-                found[key].append(value)
-        result = quality(torch.cat(found["images"]), torch.cat(found["labels"]))
-        result["recall"] = {str(digit): share for digit, share in enumerate(result["recall"])}
-        sizes = [len(images) for images in found["images"]]
-        for key in ("psnr", "ssim"):
-            if found[key]:
-                result[key] = sum(v * n for v, n in zip(found[key], sizes, strict=True)) / sum(sizes)
-        return result | {f"{key}_spread": [min(found[key]), max(found[key])]
-                         for key in ("label_accuracy", "psnr", "ssim") if found[key]}
+        sets = [self.images(arm, seed) for seed in self.suite.seeds]
+        prompts = [self.prompts(seed) for seed in self.suite.seeds]
+        result = self.task.quality(torch.cat(sets), sum(prompts, []))
+        scores = [self.task.quality(images, asked)[self.task.score] for images, asked in zip(sets, prompts, strict=True)]
+        result[f"{self.task.score}_spread"] = [min(scores), max(scores)]
+        if arm != plain and self.task.paired:
+            result |= self.distances(sets, plain)
+        return result
 
-    def speed(self, arm: Arm) -> dict[str, dict[str, Any]]:
-        """Latency and speed-up of the three arms; the plain arm's speed-up is A/A, against itself."""
-        arms = {"plain": self.plain, "again": self.plain, "fewer_steps": self.fewer(arm), "method": arm}
-        labels = [i % 10 for i in range(self.suite.timed_images)]
+    def distances(self, sets: list[Tensor], plain: Arm) -> dict[str, Any]:
+        """Mean distance of the sets of all seeds to the plain ones, and its range over the seeds."""
+        found: dict[str, Any] = {}
+        for key, measure in (("psnr", psnr), ("ssim", ssim)):
+            values = [measure(images, self.images(plain, seed)) for images, seed in zip(sets, self.suite.seeds, strict=True)]
+            mean = sum(value * len(images) for value, images in zip(values, sets, strict=True)) / sum(map(len, sets))
+            found |= {key: mean, f"{key}_spread": [min(values), max(values)]}
+        return found
+
+    def seconds(self, arms: dict[str, Arm]) -> dict[str, dict[str, Any]]:
+        """Latency and speed-up of the arms of a table; the plain arm's speed-up is A/A, against itself."""
+        runs = {"plain": arms["plain"], "again": arms["plain"]} | arms
+        prompts = self.task.prompts(self.task.timed)
 
         def time_all() -> dict[str, list[float]]:
-            calls = {name: partial(sample, self.pipe, each.steps, labels) for name, each in arms.items()}
-            return interleave(calls, self.suite.rounds, {name: partial(each.applied, self.pipe) for name, each in arms.items()})
+            calls = {name: partial(self.task.sample, self.pipe, arm.steps, prompts) for name, arm in runs.items()}
+            return interleave(calls, self.suite.rounds, {name: partial(arm.applied, self.pipe) for name, arm in runs.items()})
 
-        identity = self.identity("speed", *arms.values(), images=len(labels), rounds=self.suite.rounds, hardware=hardware())
+        identity = self.identity("speed", *runs.values(), images=len(prompts), rounds=self.suite.rounds, hardware=hardware())
         seconds = self.cells.numbers(identity, time_all)
-        return {"plain": compare(seconds["plain"], seconds["again"]),
-                "fewer_steps": compare(seconds["plain"], seconds["fewer_steps"]),
-                "method": compare(seconds["plain"], seconds["method"])}
+        return {name: compare(seconds["plain"], seconds["again" if name == "plain" else name]) for name in arms}
 
     def memory(self, arm: Arm) -> dict[str, Any]:
-        n = self.suite.timed_images
-        return self.cells.numbers(self.identity("memory", arm, images=n), lambda: memory_of(self.model, arm, n))
+        n = self.task.timed
+        return self.cells.numbers(self.identity("memory", arm, images=n), lambda: memory_of(self.task.model, arm, n))
+
+    def arm(self, arm: Arm, plain: Arm) -> tuple[dict[str, Any], dict[str, Any]]:
+        """All that is known of an arm without a clock, and its patch's report."""
+        memory = self.memory(arm)
+        report = memory.pop("report")
+        steps = {"steps": arm.steps} if arm.steps else {"passes": report["passes"]}
+        return {**steps, "macs": self.macs(arm), **memory, "cached_bytes": report.get("cached_bytes", 0),
+                **self.quality(arm, plain)}, report
+
+    def settings(self) -> dict[str, Any]:
+        """How much was measured, and how the model was run."""
+        task = self.task
+        return asdict(self.suite) | {"steps": task.steps, "guidance": task.guidance, "batch": task.batch,
+                                     "timed_images": task.timed}
 
     def record(self, slug: str, config: dict[str, Any], timed: bool = True) -> dict[str, Any]:
         """Everything about one method and config."""
-        method = Arm(self.suite.steps, slug, config)
-        arms = {"plain": self.plain, "fewer_steps": self.fewer(method), "method": method}
-        speed = self.speed(method) if timed else {}
+        method = Arm(self.task.steps, slug, config)
+        arms = self.arms(method)
+        speed = self.seconds(arms) if timed else {}
         measured, report = {}, {}
         for name, arm in arms.items():
-            memory = self.memory(arm)
-            report = memory.pop("report")
-            measured[name] = {"steps": arm.steps, **speed.get(name, {}), "macs": self.macs(arm), **memory,
-                              "cached_bytes": report.get("cached_bytes", 0), **self.quality(arm)}
-        return {"model": self.model, "config": config, "suite": asdict(self.suite), "arms": measured, "report": report,
-                "real_vs_real": real_frechet(self.suite.images), **provenance(slug)}
+            found, report = self.arm(arm, arms["plain"])
+            measured[name] = found | speed.get(name, {})
+        missing = {"missing": {"fewer_steps": self.task.no_fewer_steps}} if self.task.no_fewer_steps else {}
+        return {"model": self.task.model, "config": config, "suite": self.settings(), "arms": measured, **missing,
+                "report": report, "real_vs_real": self.task.real_frechet(self.suite.images), **provenance(slug)}
 
-    def estimate(self, work: Iterable[tuple[str, dict[str, Any]]], timed: bool = True) -> float:
-        """Seconds the missing cells will take, from the MACs of each and the rate of one plain run just made."""
-        labels = [0] * self.suite.timed_images
-        sample(self.pipe, 1, labels)
-        start = time.perf_counter()
-        sample(self.pipe, 2, labels)
-        rate = (time.perf_counter() - start) / (self.macs(Arm(2)) * len(labels))
-        total, seen = 0.0, set()
+    def baseline(self, timed: bool = True) -> dict[str, Any]:
+        """The plain run and the same with fewer steps, one after the other along the task's curve."""
+        arms = {"plain": self.plain} | {str(steps): Arm(steps) for steps in self.task.curve}
+        speed = self.seconds(arms) if timed else {}
+        curve = [self.arm(arm, self.plain)[0] | speed.get(name, {}) for name, arm in arms.items()]
+        return {"suite": self.settings(), "score": self.task.score, "curve": curve,
+                "real_vs_real": self.task.real_frechet(self.suite.images), **provenance()}
+
+    def estimate(self, work: Iterable[Work], timed: bool = True) -> float:
+        """Seconds the missing cells will take, from the MACs of each and the rate of one short plain run just made."""
+        prompts = self.task.prompts(self.task.timed)
+        rate, total, seen = 0.0, 0.0, set()
         for slug, config in work:
-            method = Arm(self.suite.steps, slug, config)
             try:
-                arms = [self.plain, self.fewer(method), method]
+                arms = self.arms(Arm(self.task.steps, slug, config))
+                rate = rate or self.rate(arms["plain"])
+                costs = {name: self.macs(arm) for name, arm in arms.items()}
             except Exception:                                      # the sweep will meet it again and record it
                 continue
-            for arm in arms:
-                total += timed * rate * self.macs(arm) * len(labels) * self.suite.rounds
+            for name, arm in arms.items():
+                total += timed * rate * costs[name] * len(prompts) * (self.suite.rounds + 1)
                 for seed in self.suite.seeds:
                     identity = self.images_identity(arm, seed)
                     if (key := json.dumps(identity)) not in seen and not self.cells.has(identity):
-                        total += rate * self.macs(arm) * identity["n"]
+                        total += rate * costs[name] * identity["n"]
                     seen.add(key)
         return total
 
-    def run(self, work: Iterable[tuple[str, dict[str, Any]]], keep: Callable[[str, dict[str, Any]], Any],
-            timed: bool = True) -> list[str]:
+    def rate(self, plain: Arm) -> float:
+        """Seconds of one multiply-accumulate, by a warm plain run of at most two steps."""
+        arm = Arm(2) if plain.steps else plain
+        prompts = self.task.prompts(self.task.timed)
+        with arm.applied(self.pipe):
+            self.task.sample(self.pipe, arm.steps, prompts)
+            start = time.perf_counter()
+            self.task.sample(self.pipe, arm.steps, prompts)
+            elapsed = time.perf_counter() - start
+        return elapsed / (self.macs(arm) * len(prompts))
+
+    def run(self, work: Iterable[Work], keep: Callable[[str, dict[str, Any]], Any], timed: bool = True) -> list[str]:
         """Hand each record to `keep(slug, record)` as it is done. -> a line for each config that failed; errors are among
         the cells."""
         failed = []
@@ -173,24 +221,25 @@ class Bench:
                 keep(slug, self.record(slug, config, timed))
             except Exception as error:
                 traceback.print_exc()
-                failed.append(f"{slug} {config}: {error}")
+                failed.append(f"{slug} {config} on {self.task.model}: {error}")
         return failed
 
 
 def memory_of(model: str, arm: Arm, images: int) -> dict[str, Any]:
-    """Bytes that sampling `images` images of a small model takes in a fresh process, and the patch's report."""
+    """Bytes that sampling `images` images of a bundled model takes in a fresh process, and the patch's report."""
     return in_fresh_process(_memory_of, model, arm, images)
 
 
 def _memory_of(model: str, arm: Arm, images: int) -> dict[str, Any]:
     torch.set_num_threads(1)
-    pipe = methods.tiny(model)
-    labels = [i % 10 for i in range(images)]
-    sample(pipe, 2, labels[:1])                                    # what torch sets up once belongs to no arm
-    with arm.applied(pipe) as patch:
+    task = TASKS[model]
+    pipe, prompts = task.load(), task.prompts(images)
+    with task.plain(arm.method).applied(pipe):
+        task.sample(pipe, 2, prompts[:1])                          # what torch sets up once belongs to no arm
+    with arm.applied(pipe) as method:
         before = peak_resident()
-        sample(pipe, arm.steps, labels)
+        task.sample(pipe, arm.steps, prompts)
         grown = None if before is None else peak_resident() - before
-        report = {} if patch is None else patch.report()
-        allocated = peak_allocated(lambda: sample(pipe, arm.steps, labels))
+        report = {} if method is None else method.report()
+        allocated = peak_allocated(lambda: task.sample(pipe, arm.steps, prompts))
     return {"peak_bytes": allocated, "peak_resident_bytes": grown, "report": report}

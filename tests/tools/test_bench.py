@@ -7,46 +7,56 @@ import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 from accel_tools import bench, catalog_bench, realistic, records, sweep
-from accel_tools.arms import Arm, sample
+from accel_tools.arms import Arm, sample_batch
+from accel_tools.catalog import load
 from accel_tools.cells import Cells
 from accel_tools.kernel_bench import problems
 from accel_tools.memory import in_fresh_process, peak_allocated, peak_resident
 from accel_tools.quality import psnr, quality, ssim
-from accel_tools.sweep import Bench, Suite
+from accel_tools.sweep import Bench, Suite, work
+from accel_tools.tasks import DigitImages, Task
 from accel_tools.timing import breakdown, compare, interleave
 from methods._zoo.pixel_vae import PixelVAE
 
-SMALL = Suite("small", images=6, rounds=2, steps=4, timed_images=1)
+SMALL = Suite("small", images=6, rounds=2)
 ARM_KEYS = {"steps", "latency_s", "latency_spread", "speedup", "macs", "peak_bytes", "cached_bytes", "label_accuracy",
             "recall", "frechet", "n"}
 
 
-def load(_):
-    torch.manual_seed(0)
-    model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=16, in_channels=1, out_channels=1, num_layers=2,
-                                  sample_size=32, patch_size=4, num_embeds_ada_norm=1000)
-    return DiTPipeline(model.eval(), PixelVAE(), DDIMScheduler())
+class Untrained(DigitImages):
+    """The task of the digit DiT on a smaller one with random weights; the real digits are out of reach."""
+
+    def load(self):
+        torch.manual_seed(0)
+        model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=16, in_channels=1, out_channels=1, num_layers=2,
+                                      sample_size=32, patch_size=4, num_embeds_ada_norm=1000)
+        return DiTPipeline(model.eval(), PixelVAE(), DDIMScheduler())
+
+    def real_frechet(self, n):
+        return {"frechet": 1.0, "n": n}
+
+
+TASK = Untrained("dit", steps=4, timed=1, curve=(2, 1))
 
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     """make() -> a bench of a random model over one folder of cells, without the subprocess that measures memory."""
     monkeypatch.setattr(sweep, "card", lambda name: {"sha256": "0", "config": {}})
-    monkeypatch.setattr(sweep, "real_frechet", lambda n: {"frechet": 1.0, "n": n})                # needs the real digits
     memory = {"peak_bytes": 2, "peak_resident_bytes": 3, "report": {"state": "engaged", "cached_bytes": 1}}
-    monkeypatch.setattr(sweep, "memory_of", lambda model, arm, images: memory)
-    return lambda: Bench("dit", SMALL, Cells(tmp_path / "cells"), load=load)
+    monkeypatch.setattr(sweep, "memory_of", lambda model, arm, images: dict(memory))
+    return lambda: Bench(TASK, SMALL, Cells(tmp_path / "cells"))
 
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Every arm that is sampled, in order: (steps, number of images)."""
+    """Every batch that is sampled, in order: (steps, number of images)."""
     calls = []
 
-    def counting(pipe, steps, labels, **kwargs):
-        calls.append((steps, len(labels)))
-        return sample(pipe, steps, labels, **kwargs)
-    monkeypatch.setattr(sweep, "sample", counting)
+    def counting(self, pipe, steps, prompts, **kwargs):
+        calls.append((steps, len(prompts)))
+        return sample_batch(pipe, steps, prompts, **kwargs)
+    monkeypatch.setattr(Task, "draw", counting)
     return calls
 
 
@@ -113,7 +123,7 @@ def test_a_breakdown_names_the_ops():
 # ---- cells -------------------------------------------------------------------------------------------------------------
 
 def test_a_killed_sweep_continues_and_computes_no_cell_twice(make, counted, monkeypatch):
-    work = [("fora", {"interval": 2}), ("tome", {"ratio": 0.5})]
+    wanted = [("fora", {"interval": 2}), ("tome", {"ratio": 0.5})]
     real, images = Bench.images, []
 
     def killed(self, arm, seed):
@@ -124,15 +134,15 @@ def test_a_killed_sweep_continues_and_computes_no_cell_twice(make, counted, monk
     with monkeypatch.context() as patched:
         patched.setattr(Bench, "images", killed)
         with pytest.raises(KeyboardInterrupt):
-            make().run(work, lambda *record: None)
+            make().run(wanted, lambda *record: None)
     before = len(counted)
     records = []
-    assert make().run(work, lambda *record: records.append(record)) == [] and len(counted) > before
+    assert make().run(wanted, lambda *record: records.append(record)) == [] and len(counted) > before
     drawn = [call for call in counted if call[1] == 2]                # two images a seed; timing takes one
     fewer = {record["arms"]["fewer_steps"]["steps"] for _, record in records}
     assert len(drawn) == 3 * (1 + len(fewer) + 2)                      # three seeds: plain once, fewer-steps, two methods
     done, again = len(counted), []
-    make().run(work, lambda *record: again.append(record))
+    make().run(wanted, lambda *record: again.append(record))
     assert again == records and len(counted) == done                   # a finished sweep samples nothing
 
 
@@ -167,7 +177,7 @@ def test_a_record_is_complete(make, tmp_path):
     record = make().record("fora", {"interval": 2})
     path = records.write("fora", [record], tmp_path)
     written = json.loads(path.read_text())
-    assert (written["schema"], written["method"]) == (1, "fora")
+    assert (written["schema"], written["method"]) == (2, "fora")
     record, = written["records"]
     assert {"model", "config", "arms", "report", "suite", "hardware", "load_average", "versions", "commit", "date", "code_hash",
             "real_vs_real"} == set(record)
@@ -177,7 +187,7 @@ def test_a_record_is_complete(make, tmp_path):
         assert set(arm) >= ARM_KEYS and arm["n"] == SMALL.images
         assert ("psnr" in arm and "ssim" in arm) == (name != "plain")
     plain, fewer, method = record["arms"].values()
-    assert fewer["macs"] <= method["macs"] < fewer["macs"] + plain["macs"] / SMALL.steps
+    assert fewer["macs"] <= method["macs"] < fewer["macs"] + plain["macs"] / TASK.steps
     assert method["macs"] < plain["macs"] and record["report"]["state"] == "engaged"
 
 
@@ -205,7 +215,48 @@ def test_an_off_switch_is_measured_beside_plain_against_plain(tmp_path):
     assert list(arms) == ["plain", "method"] and all(arm["overhead"] > -1 for arm in arms.values())
 
 
+# ---- what is measured --------------------------------------------------------------------------------------------------
+
+def test_the_entries_say_which_configs_are_measured(toy, edit):
+    edit("catalog/entries/method_1.yaml", "models:", "bench:\n  dit: [{ratio: 0.25}, {ratio: 0.5, on: true}]\nmodels:")
+    catalog = load(toy)
+    assert work(catalog, "dit") == [("method_1", {"ratio": 0.25}), ("method_1", {"ratio": 0.5, "on": True}),
+                                    ("method_2", {}), ("method_3", {})]
+    assert work(catalog, "unet", ["method_1"]) == [("method_1", {})] and work(catalog, "ar") == []
+
+
+def test_a_refusal_is_told_and_is_no_failure(make):
+    plan = bench.Plan(make(), [("deepcache", {}), ("fora", {"interval": 2})], curve=True)
+    assert plan.work == [("fora", {"interval": 2})] and "no UNet stages" in plan.refused["deepcache"]
+
+
+def test_the_curve_of_fewer_steps_starts_at_the_plain_run(make, tmp_path):
+    baseline = make().baseline()
+    assert [arm["steps"] for arm in baseline["curve"]] == [4, 2, 1] and baseline["real_vs_real"]["frechet"] == 1.0
+    assert "psnr" not in baseline["curve"][0] and all("psnr" in arm for arm in baseline["curve"][1:])
+    assert all(arm["speedup"] > 0 and arm["macs"] > 0 for arm in baseline["curve"]) and "code_hash" not in baseline
+    records.write_baseline("dit", {"peers": []}, tmp_path)
+    written = json.loads(records.write_baseline("dit", {"plain": baseline}, tmp_path).read_text())
+    assert written["model"] == "dit" and written["peers"] == [] and len(written["plain"]["curve"]) == 3
+
+
 # ---- the command -------------------------------------------------------------------------------------------------------
+
+def test_models_are_swept_one_after_the_other(monkeypatch, tmp_path, capsys, make):
+    """One breaks, the next is still measured; nothing is written by an untimed sweep."""
+    broken = Untrained("mmdit", steps=4, timed=1, curve=(1,))
+    monkeypatch.setattr(broken.__class__, "quality", lambda self, images, prompts: 1 / 0 if self.model == "mmdit" else
+                        DigitImages.quality(self, images, prompts))
+    monkeypatch.setattr(bench, "TASKS", {"mmdit": broken, "dit": TASK})
+    monkeypatch.setattr(bench, "FOLDER", tmp_path / "cells")
+    monkeypatch.setattr(records, "write", lambda *_: pytest.fail("an untimed sweep has no results"))
+    monkeypatch.setattr(records, "write_baseline", lambda *_: pytest.fail("an untimed sweep has no results"))
+    assert bench.main(["--model", "mmdit", "dit", "--images", "3", "--method", "fora", "deepcache", "--untimed"]) == 1
+    out, err = capsys.readouterr()
+    assert "not deepcache: deepcache: this DiT" in out and "minutes in all" in out.split("fora {")[0]
+    assert err.count("FAILED") == 2                                    # both configs on mmdit
+    assert "fora {'interval': 3} on dit" in out
+
 
 def test_a_failed_case_fails_the_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "FOLDER", tmp_path)

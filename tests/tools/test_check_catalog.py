@@ -161,6 +161,16 @@ def test_stale_results_warn_and_do_not_fail(toy, edit, capsys):
     assert check_catalog.main(["--root", str(toy)]) == 1
 
 
+def test_what_is_to_be_measured_names_models_and_config_fields(toy, edit):
+    line = edit("catalog/entries/method_1.yaml", "models:", "bench:\n  dit: [{sharpness: 2}]\n  lit: [{}]\nmodels:")
+    (toy / "tools").mkdir()
+    (toy / "tools/tasks.py").write_text('TASKS: dict = {"dit": 1, "unet": 2}\n')
+    out = found(toy)
+    assert out == [f"catalog/entries/method_1.yaml:{line + 1}: bench.dit.0: Config has no field 'sharpness'; "
+                   "allowed: ratio, seed",
+                   f"catalog/entries/method_1.yaml:{line + 2}: bench.lit: no bundled model; did you mean 'dit'?"]
+
+
 # ---- the real catalogue ------------------------------------------------------------------------------------------
 
 def test_real_catalogue_passes():

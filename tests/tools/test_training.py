@@ -3,12 +3,12 @@ import pytest
 import torch
 from torch import nn
 
-from accel_tools import train_zoo
+from accel_tools import training
 
 
 def fresh(steps=6):
     torch.manual_seed(0)
-    return train_zoo.Run(nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1)), steps=steps, lr=1e-2, average=0.9)
+    return training.Run(nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1)), steps=steps, lr=1e-2, average=0.9)
 
 
 def loss_of(run):
@@ -18,12 +18,12 @@ def loss_of(run):
 
 def test_resuming_is_exact(tmp_path):
     whole, first, second = fresh(), fresh(), fresh()
-    train_zoo.train(whole, loss_of, tmp_path / "whole.ckpt")
+    training.train(whole, loss_of, tmp_path / "whole.ckpt")
     torch.manual_seed(0)
     fresh()
-    train_zoo.train(first, loss_of, tmp_path / "parts.ckpt", until=3)
+    training.train(first, loss_of, tmp_path / "parts.ckpt", until=3)
     torch.manual_seed(99)                                    # whatever happened in between
-    train_zoo.train(second, loss_of, tmp_path / "parts.ckpt")
+    training.train(second, loss_of, tmp_path / "parts.ckpt")
     assert second.step == whole.step == 6
     for name, value in whole.averaged.state_dict().items():
         assert torch.equal(value, second.averaged.state_dict()[name]), name
@@ -31,13 +31,13 @@ def test_resuming_is_exact(tmp_path):
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    train_zoo.train(fresh(), loss_of, tmp_path / "run.ckpt")
+    training.train(fresh(), loss_of, tmp_path / "run.ckpt")
     with pytest.raises(ValueError, match="belongs to a run of 6 steps, not 9"):
-        train_zoo.train(fresh(steps=9), loss_of, tmp_path / "run.ckpt")
+        training.train(fresh(steps=9), loss_of, tmp_path / "run.ckpt")
 
 
 def test_positions_of_the_coarse_grid_lie_between_those_of_the_fine_one():
-    coarse, fine = train_zoo.position_embedding(8, 16, 32), train_zoo.position_embedding(16, 16, 32)
+    coarse, fine = training.position_embedding(8, 16, 32), training.position_embedding(16, 16, 32)
     assert coarse.shape == (1, 64, 32) and fine.shape == (1, 256, 32)
     nearest = torch.cdist(coarse[0], fine[0]).argmin(1)
     rows, cols = nearest // 16, nearest % 16
