@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from accel_kernels._triton import attention_mass, cosine_match, merge, rows, topk
+from accel_kernels._triton import attention_mass, cosine_match, facility_location, merge, rows, topk
 
 KIB = 1024
 TARGETS = {  # name: (target, shared memory a program may use)
@@ -112,6 +112,14 @@ def cases(override: dict[str, int]) -> Iterator[Case]:
         least = B * N * (size + 8)
         moved = B * N * (34 * size + 8)  # 32 counts to find the cut, one above it, one to place; a row stays in cache
         yield Case("topk_partition", short, topk._topk_partition_fwd_kernel, arguments, t, {"BN": 1024}, moved, least)
+
+        for region in (16, 64, 128):  # tiles of 4 x 4 and 8 x 8, a row of 128
+            t = tiled(facility_location.tile(region))
+            regions, picks = B * N // region, region // 2
+            arguments = dict(p_x=p, p_picks="*i64", N=region, C=C, K=picks, TIE="fp32")
+            least = regions * (region * C * size + picks * 8)
+            kernel, floor = facility_location._facility_location_fwd_kernel, {"BN": region, "BC": 32}
+            yield Case(f"facility_{region}", short, kernel, arguments, t, floor, least, least)
 
         for width in (64, 72, 128, 160):  # SDXL, DiT-XL, Flux, the coarse levels of SD 1.5
             t = tiled(attention_mass.tile(dtype, width))

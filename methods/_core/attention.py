@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from accel_kernels.attention_mass import attention_mass
 
 
-def _heads(x: Tensor, attn: nn.Module) -> Tensor:
-    return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)                               # (B, H, N, D)
+def heads(x: Tensor, attn: nn.Module) -> Tensor:
+    """(B, N, H * D) -> (B, H, N, D)."""
+    return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
 
 def _same(x: Tensor) -> Tensor:
@@ -23,13 +24,13 @@ def attend(attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor
     Self-attention of one stream (DiT, PixArt, Latte, a Flux single block) or joint attention with the text first (a Flux
     double block; the mass covers text, then image).
     """
-    q, k, v = (_heads(project(hidden_states), attn) for project in (attn.to_q, attn.to_k, attn.to_v))
+    q, k, v = (heads(project(hidden_states), attn) for project in (attn.to_q, attn.to_k, attn.to_v))
     norm_q, norm_k = attn.norm_q or _same, attn.norm_k or _same
     q, k = norm_q(q), norm_k(k)
     words = 0
     if encoder_hidden_states is not None:
         words = encoder_hidden_states.shape[1]
-        text = [_heads(project(encoder_hidden_states), attn) for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
+        text = [heads(project(encoder_hidden_states), attn) for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
         q, k, v = (torch.cat(pair, 2) for pair in zip(
             [attn.norm_added_q(text[0]), attn.norm_added_k(text[1]), text[2]], (q, k, v), strict=True))
     if image_rotary_emb is not None:
@@ -37,11 +38,12 @@ def attend(attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor
     out, mass = attention_mass(q, k, v)
     out = out.transpose(1, 2).flatten(2)
     if encoder_hidden_states is not None:
-        return (_project_out(attn, out[:, words:].contiguous()), attn.to_add_out(out[:, :words].contiguous())), mass
-    return (out if getattr(attn, "pre_only", False) else _project_out(attn, out)), mass
+        return (project_out(attn, out[:, words:].contiguous()), attn.to_add_out(out[:, :words].contiguous())), mass
+    return (out if getattr(attn, "pre_only", False) else project_out(attn, out)), mass
 
 
-def _project_out(attn: nn.Module, x: Tensor) -> Tensor:
+def project_out(attn: nn.Module, x: Tensor) -> Tensor:
+    """The output projection, with its dropout."""
     for module in attn.to_out:
         x = module(x)
     return x
@@ -52,7 +54,7 @@ def cross_map(attn: nn.Module, x: Tensor, encoder_hidden_states: Tensor, attenti
 
     `attention_mask` is the additive bias (B, 1, T) that diffusers gives to its attention modules.
     """
-    q, k = _heads(attn.to_q(x), attn), _heads(attn.to_k(encoder_hidden_states), attn)
+    q, k = heads(attn.to_q(x), attn), heads(attn.to_k(encoder_hidden_states), attn)
     scores = (q @ k.mT).float() * q.shape[-1] ** -0.5
     if attention_mask is not None:
         scores = scores + attention_mask[:, None].float()

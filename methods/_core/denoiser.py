@@ -67,6 +67,7 @@ class Denoiser:
     cond_first: bool = False                       # order of the guidance halves in a batch
     timestep_scale: float = 1.0                    # scheduler timestep / timestep given to the model
     unet: tuple[Stage, ...] = field(default=())    # the stages of a UNet in execution order
+    head: nn.Module | None = None                  # of a transformer: the last projection, tokens to patches of the output
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ def _unet(model: UNet2DConditionModel) -> Denoiser:
 def _transformer(family: str, cond_first: bool = False) -> Callable[[nn.Module], Denoiser]:
     def row(model: nn.Module) -> Denoiser:
         blocks = tuple(_basic(module, i) for i, module in enumerate(model.transformer_blocks))
-        return Denoiser(family, model, blocks, _patch_grid(model), (type(blocks[0].module),), cond_first)
+        head = model.proj_out_2 if family == "dit" else model.proj_out
+        return Denoiser(family, model, blocks, _patch_grid(model), (type(blocks[0].module),), cond_first, head=head)
     return row
 
 
@@ -148,7 +150,7 @@ def _latte(model: LatteTransformer3DModel) -> Denoiser:
     def grid(inputs: dict, block: Block) -> tuple[int, int, int]:
         return (inputs["hidden_states"].shape[2], 1, 1) if block.temporal else spatial(inputs, block)
 
-    return Denoiser("latte", model, blocks, grid, (type(blocks[0].module),))
+    return Denoiser("latte", model, blocks, grid, (type(blocks[0].module),), head=model.proj_out)
 
 
 def _sd3(model: SD3Transformer2DModel) -> Denoiser:
@@ -158,7 +160,7 @@ def _sd3(model: SD3Transformer2DModel) -> Denoiser:
                     Branch("ff_context", module.ff_context)]
         blocks.append(Block(module, i, 0, module.norm1, module.attn, None, module.ff, "joint",
                             tuple(branch for branch in branches if branch.module is not None)))
-    return Denoiser("sd3", model, tuple(blocks), _patch_grid(model), (type(blocks[0].module),))
+    return Denoiser("sd3", model, tuple(blocks), _patch_grid(model), (type(blocks[0].module),), head=model.proj_out)
 
 
 def _flux(model: FluxTransformer2DModel) -> Denoiser:
@@ -177,7 +179,7 @@ def _flux(model: FluxTransformer2DModel) -> Denoiser:
         return ids.reshape(-1, 3).shape[0] // (height * width), height, width
 
     classes = tuple(dict.fromkeys(type(block.module) for block in blocks))
-    return Denoiser("flux", model, tuple(blocks), grid, classes, timestep_scale=1000.0)
+    return Denoiser("flux", model, tuple(blocks), grid, classes, timestep_scale=1000.0, head=model.proj_out)
 
 
 def _cogvideox(model: CogVideoXTransformer3DModel) -> Denoiser:
@@ -190,7 +192,7 @@ def _cogvideox(model: CogVideoXTransformer3DModel) -> Denoiser:
         _, frames, _, height, width = inputs["hidden_states"].shape
         return frames // (model.config.patch_size_t or 1), height // p, width // p
 
-    return Denoiser("cogvideox", model, blocks, grid, (type(blocks[0].module),))
+    return Denoiser("cogvideox", model, blocks, grid, (type(blocks[0].module),), head=model.proj_out)
 
 
 ROWS: dict[type, Callable[[Any], Denoiser]] = {

@@ -1,0 +1,211 @@
+"""Agent Attention - Agent Attention: On the Integration of Softmax and Linear Attention
+
+Dongchen Han, Tianzhu Ye, Yizeng Han, Zhuofan Xia, Siyuan Pan, Pengfei Wan, Shiji Song, Gao Huang, ECCV 2024.
+arXiv:2312.08874. Code: LeapLabTHU/Agent-Attention
+
+Idea: a few agent tokens stand between queries and keys. The agents read all keys, then every query reads the agents: two
+small softmax attentions in place of the N x N one, at a cost linear in N. For Stable Diffusion nothing is trained: the
+agents are the tokens merged down almost to the destinations of ToMe, the second softmax is sharpened, and a little of the
+values is added. This is done in the first 20 of 50 steps, on merged tokens; the other steps are plain token merging.
+
+Map
+    agent attention     softmax(s2 Q A^T) softmax(s1 A K^T) V + k V         agent_attention
+    AgentSD             tokens and agents from one matching                 _Agents
+    schedule            agents in the first steps, merging in all           apply
+    trained module      pooled agents, position biases, depthwise conv      AgentAttention
+
+Departures
+    Destinations are drawn as in `tome`, from `seed` and the step; the released generator runs on.
+    A ratio of 0 merges nothing and still uses agents; the released code then splits the batch by mistake.
+    One patch switches at step `agent_steps`; the released recipe patches the model anew inside the sampler's loop.
+    The two products are fused attentions with scales of their own, so the N x n maps are never held.
+    Self-attention over image tokens alone. Where text shares the sequence the method does not say what an agent is.
+    In the trained module the grid need not be square and the class token is optional; dropout is left out.
+
+Example
+    >>> import methods
+    >>> from methods import agent_attention
+    >>> pipe = methods.tiny("dit")
+    >>> with agent_attention.apply(pipe) as patch:
+    ...     images = pipe([3], num_inference_steps=4, output_type="np").images
+    >>> patch.report()["state"]
+    'engaged'
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accel_kernels.cosine_match import cosine_match
+from methods._core.attention import heads, project_out
+from methods._core.context import StepContext
+from methods._core.denoiser import Block, describe
+from methods._core.patch import TOKENS, Patch
+from methods._core.reduction import Reduction
+from methods._core.tokens import merge_plan
+from methods.tome import destinations, reduction
+
+__all__ = ["OFF", "AgentAttention", "Config", "agent_attention", "apply"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    ratio: float = 0.4            # r / N of the tokens, in all steps; capped at 1 - 1 / stride^2
+    agent_ratio: float = 0.95     # share merged away to make the agents, under the same cap
+    agent_steps: int = 20         # steps with agents, from the first (20 of 50 in the official recipe)
+    stride: int = 4               # side of a destination cell in these steps
+    late_stride: int = 2          # side of a destination cell in the steps after
+    sharpen: float = 0.3          # k_scale2: the second softmax is scaled by (1 / sqrt(d))^sharpen
+    shortcut: float = 0.075       # k_shortcut: how much of V is added
+    max_downsample: int = 1       # where the grid is at most this many times coarser than the latent
+    random: bool = True           # a random destination in each cell, else its top-left corner
+    seed: int = 0                 # of the random destinations
+
+    def __post_init__(self):
+        for name in ("ratio", "agent_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} outside [0, 1]")
+        for name in ("stride", "late_stride", "max_downsample"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.agent_steps < 0:
+            raise ValueError(f"agent_steps={self.agent_steps} must not be negative")
+
+
+OFF = Config(ratio=0.0, agent_steps=0)
+
+
+def agent_attention(q: Tensor, k: Tensor, v: Tensor, a: Tensor, *, scale: float, sharp: float, shortcut: float = 0.0) -> Tensor:
+    """softmax(sharp q a^T) softmax(scale a k^T) v + shortcut v. q, k, v (B, H, N, D), agents a (B, H, n, D) -> (B, H, N, D)."""
+    gathered = F.scaled_dot_product_attention(a, k, v, scale=scale)                      # agents read the keys
+    out = F.scaled_dot_product_attention(q, a, gathered, scale=sharp)                    # queries read the agents
+    return out + shortcut * v if shortcut else out
+
+
+class _Agents(Reduction):
+    """Merges tokens and agents from one matching of a block's input. The host fills in the cuts, 0 agents for plain merging."""
+
+    def __init__(self, block: Block, config: Config):
+        super().__init__(block)
+        self.config = config
+        self.src = self.dst = None
+        self.r = self.agent_r = 0
+        self.engaged = False
+
+    def image(self, forward, x: Tensor, *args, **kwargs) -> Tensor:
+        observed, self.input = self.input, None
+        if not (self.r or self.engaged):
+            return forward(x, *args, **kwargs)
+        score, into = cosine_match(observed, self.src, self.dst)
+        plan = merge_plan(score, into, self.src, self.dst, self.r)
+        if not self.engaged:
+            return plan.restore(forward(plan.reduce(x), *args, **kwargs))
+        agents = merge_plan(score, into, self.src, self.dst, self.agent_r)
+        return plan.restore(self.attend(plan.reduce(x), agents.reduce(x)))
+
+    def attend(self, z: Tensor, a: Tensor) -> Tensor:
+        """Self-attention of tokens z (B, N, C) through agents a (B, n, C); agents are projected as queries."""
+        attn = self.block.attn
+        norm_q, norm_k = (norm or nn.Identity() for norm in (attn.norm_q, attn.norm_k))
+        q, k, v, a = (heads(project(t), attn) for project, t in
+                      ((attn.to_q, z), (attn.to_k, z), (attn.to_v, z), (attn.to_q, a)))
+        scale = q.shape[-1] ** -0.5
+        out = agent_attention(norm_q(q), norm_k(k), v, norm_q(a), scale=scale, sharp=scale ** self.config.sharpen,
+                              shortcut=self.config.shortcut)
+        return project_out(attn, out.transpose(1, 2).flatten(2))
+
+
+def apply(target: Any, config: Config = Config()) -> Patch:
+    """Attend through agents in the first steps and merge tokens in all, in every self-attention over image tokens.
+
+    Args:
+        target: a diffusers pipeline, or its UNet or transformer.
+
+    Raises:
+        ValueError: no self-attention over image tokens alone at that downsampling, or already applied.
+    """
+    patch = Patch(target, "agent_attention", depth=TOKENS)
+    if config.ratio == 0 and config.agent_steps == 0:
+        return patch
+    denoiser = describe(patch.model)
+    blocks = patch.require((b for b in denoiser.blocks if 2 ** b.level <= config.max_downsample and not b.temporal
+                            and b.stream == "image"),
+                           f"self-attention over image tokens alone at a downsampling of {config.max_downsample} or less")
+    merges = [_Agents(block, config) for block in blocks]
+    for merge in merges:
+        merge.wire(patch)
+
+    def draw(context: StepContext) -> None:
+        early = context.i < config.agent_steps
+        stride = config.stride if early else config.late_stride
+        random = torch.Generator().manual_seed(config.seed * 1_000_003 + context.i) if config.random else None
+        for merge in (merge for merge in merges if patch.reaches(merge.block.attn)):
+            frames, height, width = denoiser.grid(context.inputs, merge.block)
+            dst = destinations(frames, height, width, stride, random)
+            free = torch.ones(frames * height * width, dtype=torch.bool).index_fill_(0, dst, False)
+            merge.tokens = len(free)
+            merge.r = reduction(len(free), len(dst), config.ratio)
+            merge.agent_r = reduction(len(free), len(dst), config.agent_ratio)
+            merge.engaged = early and 2 * (len(free) - merge.agent_r) < len(free) - merge.r
+            merge.src, merge.dst = (index.to(context.sample.device) for index in (free.nonzero().squeeze(1), dst))
+            patch.counts["agents" if merge.engaged else "merged"] += 1
+
+    patch.each_call(draw)
+    return patch
+
+
+class AgentAttention(nn.Module):
+    """The trained module: agents are queries pooled to a square grid; both softmaxes carry position biases.
+
+    Parameter names are those of the released classifiers, whose attention weights load as they are.
+
+    Args:
+        dim: channels C.
+        num_heads: heads H; C / H channels each.
+        grid: height and width of the token grid, (14, 14) for 224 px in patches of 16.
+        agents: a square number of agents.
+        class_token: whether a class token stands before the grid.
+        qkv_bias: a bias in the projection to queries, keys and values.
+    """
+
+    def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], *, agents: int = 49, class_token: bool = False,
+                 qkv_bias: bool = True):
+        super().__init__()
+        side = round(agents ** 0.5)
+        if side * side != agents:
+            raise ValueError(f"agents={agents} must be a square number")
+        self.num_heads, self.grid, self.side, self.extra = num_heads, grid, side, int(class_token)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=qkv_bias), nn.Linear(dim, dim)
+        self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        shapes = dict(an=(num_heads, agents, 7, 7), na=(num_heads, agents, 7, 7), ah=(1, num_heads, agents, grid[0], 1),
+                      aw=(1, num_heads, agents, 1, grid[1]), ha=(1, num_heads, grid[0], 1, agents),
+                      wa=(1, num_heads, 1, grid[1], agents))
+        if class_token:
+            shapes |= dict(ac=(1, num_heads, agents, 1), ca=(1, num_heads, 1, agents))
+        for name, shape in shapes.items():
+            self.register_parameter(f"{name}_bias", nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02)))
+
+    def biases(self) -> tuple[Tensor, Tensor]:
+        """B1 (1, H, n, N) of agents over keys and B2 (1, H, N, n) of queries over agents, the class token first."""
+        coarse = [F.interpolate(b, size=self.grid, mode="bilinear").flatten(2)[None] for b in (self.an_bias, self.na_bias)]
+        first = coarse[0] + (self.ah_bias + self.aw_bias).flatten(3)
+        second = coarse[1].mT + (self.ha_bias + self.wa_bias).flatten(2, 3)
+        if self.extra:
+            first, second = torch.cat([self.ac_bias, first], 3), torch.cat([self.ca_bias, second], 2)
+        return first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, C), N = height * width, plus one for a class token -> (B, N, C)."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        plane = (len(x), x.shape[2], *self.grid)
+        a = F.adaptive_avg_pool2d(q[:, self.extra:].mT.reshape(plane), self.side).flatten(2).mT
+        dwc = self.dwc(v[:, self.extra:].mT.reshape(plane)).flatten(2).mT
+        q, k, v, a = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v, a))
+        first, second = (bias.to(q.dtype) for bias in self.biases())
+        gathered = F.scaled_dot_product_attention(a, k, v, attn_mask=first)
+        out = F.scaled_dot_product_attention(q, a, gathered, attn_mask=second).transpose(1, 2).flatten(2)
+        return self.proj(out + F.pad(dwc, (0, 0, self.extra, 0)))

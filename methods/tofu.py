@@ -1,0 +1,134 @@
+"""ToFu - Token Fusion: Bridging the Gap between Token Pruning and Token Merging
+
+Minchul Kim, Shangqian Gao, Yen-Chang Hsu, Yilin Shen, Hongxia Jin, WACV 2024. arXiv:2312.01026
+
+Idea: averaging two tokens is safe only where the layers behind it are nearly linear between them, which the late ones are
+and the early ones are not. Tokens are paired as in ToMe; early blocks keep the destination of each group and drop the
+rest, late blocks merge the group by an average that does not shrink: the mean's direction with the largest norm.
+
+Map
+    matching   as in ToMe, on the block's input                     methods._core.tokens.match_plan
+    MLERP      norm-preserving mean of a group                      mlerp
+    pruning    the destination stands for its group, unchanged      methods._core.tokens.Plan.drop
+    placement  prune before the separation depth, MLERP from it on  prunes, apply
+
+Departures
+    There is no official code. Two public reimplementations separate at half the depth, which is the default here; which
+    blocks of a UNet prune is a choice made here: depth is the place among all transformer blocks in execution order.
+    A widely copied MLERP divides by the destination's own norm instead of the mean's and so keeps no norm; not repeated.
+    The fine-tuned form for classifiers is left out.
+    What ToMe's module says of destinations, SD3, Flux and CogVideoX holds here too.
+
+Example
+    >>> import methods
+    >>> from methods import tofu
+    >>> pipe = methods.tiny("dit")
+    >>> with tofu.apply(pipe, tofu.Config(ratio=0.5)) as patch:
+    ...     images = pipe([3], num_inference_steps=2, output_type="np").images
+    >>> patch.report()["pruned"], patch.report()["merged"]
+    (6, 6)
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from methods._core.context import StepContext
+from methods._core.denoiser import Block, describe
+from methods._core.patch import TOKENS, Patch
+from methods._core.reduction import Reduction
+from methods._core.tokens import Plan, match_plan
+from methods.tome import destinations, reduction
+
+__all__ = ["OFF", "Config", "apply", "mlerp", "prunes"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    ratio: float = 0.5            # r / N, as in ToMe; capped at 1 - 1 / stride^2
+    separation: float = 0.5       # d0 / L: share of the depth that prunes (0: all MLERP, 1: all pruning)
+    stride: int = 2               # side of a destination cell, as in ToMe
+    max_downsample: int = 1       # where the grid is at most this many times coarser than the latent, as in ToMe
+    random: bool = True           # a random destination in each cell, else its top-left corner
+    seed: int = 0                 # of the random destinations
+
+    def __post_init__(self):
+        for name in ("ratio", "separation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} outside [0, 1]")
+        if self.stride < 1:
+            raise ValueError(f"stride={self.stride} must be at least 1")
+        if self.max_downsample not in (1, 2, 4, 8):
+            raise ValueError(f"max_downsample={self.max_downsample} must be 1, 2, 4 or 8")
+
+
+OFF = Config(ratio=0.0)
+
+
+def mlerp(plan: Plan, x: Tensor, eps: float = 1e-6) -> Tensor:
+    """Rows (B, L, C) of x (B, N, C): in each group the direction of the mean with the largest norm, max_i |x_i| * m / |m|.
+
+    Computed in single precision or better; a mean shorter than `eps`, as of opposite tokens, is not blown up further.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean, norm = plan.reduce(wide), wide.norm(dim=-1)
+    largest = norm.new_zeros(mean.shape[:2]).scatter_reduce(1, plan.segments.source, norm, "amax")
+    return (mean * (largest / mean.norm(dim=-1).clamp_min(eps))[..., None]).to(x.dtype)
+
+
+def prunes(index: int, depth: int, separation: float) -> bool:
+    """Whether block `index` (from 0) of `depth` lies before the separation depth d0 = separation * depth."""
+    return index < separation * depth
+
+
+class _Matching:
+    """ToMe's matching in one block. The host fills in `src`, `dst` and `r` before each call of the denoiser."""
+
+    def __init__(self, block: Block):
+        self.shared = block.rotary
+        self.src = self.dst = None
+        self.r = 0
+
+    def __call__(self, x: Tensor) -> Plan:
+        return match_plan(x, self.src, self.dst, self.r, shared=self.shared)
+
+
+def apply(target: Any, config: Config = Config()) -> Patch:
+    """Prune or merge around the self-attention of every block whose grid is at most `config.max_downsample` times coarser.
+
+    Args:
+        target: a diffusers pipeline, or its UNet or transformer.
+
+    Raises:
+        ValueError: no such block (SDXL has none at full resolution: use `max_downsample=2`); or already applied.
+    """
+    patch = Patch(target, "tofu", depth=TOKENS)
+    if config.ratio == 0:
+        return patch
+    denoiser = describe(patch.model)
+    blocks = patch.require((b for b in denoiser.blocks if 2 ** b.level <= config.max_downsample and not b.temporal),
+                           f"self-attention at a downsampling of {config.max_downsample} or less")
+    layers = []
+    for block in blocks:
+        pruning = prunes(block.index, len(denoiser.blocks), config.separation)
+        layers.append((Reduction(block, _Matching(block), Plan.drop if pruning else mlerp), "pruned" if pruning else "merged"))
+        layers[-1][0].wire(patch)
+
+    def draw(context: StepContext) -> None:
+        random = torch.Generator().manual_seed(config.seed * 1_000_003 + context.i) if config.random else None
+        for layer, done in layers:
+            if not patch.reaches(layer.block.attn):
+                continue
+            frames, height, width = denoiser.grid(context.inputs, layer.block)
+            dst = destinations(frames, height, width, config.stride, random)
+            free = torch.ones(frames * height * width, dtype=torch.bool).index_fill_(0, dst, False)
+            layer.tokens, matching, device = len(free), layer.planner, context.sample.device
+            matching.r = reduction(len(free), len(dst), config.ratio)
+            matching.src, matching.dst = free.nonzero().squeeze(1).to(device), dst.to(device)
+            patch.counts[done] += 1
+
+    patch.each_call(draw)
+    return patch

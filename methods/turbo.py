@@ -1,0 +1,164 @@
+"""Turbo - Turbo: Informativity-Driven Acceleration Plug-In for Vision-Language Large Models
+
+Chen Ju et al., ECCV 2024. arXiv:2407.11717. Code: anakin-skywalker-Joseph/Folder
+
+Idea: a token may be dropped from attention if it is redundant, that is very similar to another, and if it means little,
+that is draws little attention. Token merging ranks by similarity alone; here the attention a token receives is taken off
+its similarity, so that informative tokens survive. This is the diffusion form, a reconstruction: see Departures.
+
+Map
+    mutual redundancy    cosine to the most similar destination               accel_kernels.cosine_match
+    semantic value       share of attention a token receives                  _Layer.attend
+    information degree   redundancy minus, or over, semantic value            edge_score
+    merging              merge before self-attention, copy back after it      methods._core.tokens.merge_plan
+
+Departures
+    The released code covers vision-language models; the paper says that for generation merged tokens are restored after
+    each attention, and gives no formula there that could be checked. From the released code: the score with its constants.
+    Reconstructed: tokens are split as in ToMe; there is no class token, so the semantic value is the mean attention from
+    all tokens; it is that of the block's last step, since the map of this step is known only after merging. The first step
+    of a run ranks by similarity alone. What the constants should be for diffusion is not known.
+    Only destinations' similarity, not their semantic value, counts, as in the released code.
+    Tokens are restored in every block, so there are no token sizes to carry along and no size term in the attention.
+
+Example
+    >>> import methods
+    >>> from methods import turbo
+    >>> pipe = methods.tiny("dit")
+    >>> with turbo.apply(pipe, turbo.Config(ratio=0.5)) as patch:
+    ...     images = pipe([3], num_inference_steps=3, output_type="np").images
+    >>> patch.report()["by_similarity"], patch.report()["by_information"]
+    (6, 12)
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel_kernels.cosine_match import cosine_match
+from methods._core.attention import attend
+from methods._core.context import StepContext
+from methods._core.denoiser import Block, describe
+from methods._core.patch import TOKENS, Feature, Patch
+from methods._core.reduction import Reduction
+from methods._core.tokens import Plan, joined, merge_plan
+from methods.tome import destinations, reduction
+
+__all__ = ["OFF", "Config", "apply", "edge_score"]
+
+FAMILIES = ("unet", "dit", "pixart", "latte", "flux")           # whose attention maps can be summed up
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    ratio: float = 0.5            # r / N, as in ToMe; capped at 1 - 1 / stride^2
+    alpha: float = 5.0            # weight of the semantic value; released code, which multiplies it by 30
+    beta: float = 1.0             # decay of that weight per layer away from gamma; released code
+    gamma: int = 0                # layer of full weight, counted over those that merge; released code
+    fusion: str = "difference"    # redundancy minus ("difference", released code) or over ("ratio") the semantic value
+    stride: int = 2               # side of a destination cell, as in ToMe
+    max_downsample: int = 1       # where the grid is at most this many times coarser than the latent, as in ToMe
+    random: bool = True           # a random destination in each cell, else its top-left corner
+    seed: int = 0                 # of the random destinations
+
+    def __post_init__(self):
+        if not 0 <= self.ratio <= 1:
+            raise ValueError(f"ratio={self.ratio} outside [0, 1]")
+        for name in ("alpha", "beta"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.fusion not in ("difference", "ratio"):
+            raise ValueError(f"fusion={self.fusion!r} must be 'difference' or 'ratio'")
+        if self.stride < 1:
+            raise ValueError(f"stride={self.stride} must be at least 1")
+        if self.max_downsample not in (1, 2, 4, 8):
+            raise ValueError(f"max_downsample={self.max_downsample} must be 1, 2, 4 or 8")
+
+
+OFF = Config(ratio=0.0)
+
+
+def edge_score(redundancy: Tensor, value: Tensor, layer: int, config: Config) -> Tensor:
+    """Score by which sources merge, the highest first: redundancy (B, S) against semantic value (B, S), for merging layer l.
+
+    difference: R - 30 alpha beta^|gamma - l| s    ratio: R / s
+    """
+    if config.fusion == "ratio":
+        return redundancy / value.clamp_min(torch.finfo(value.dtype).tiny)
+    return redundancy - 30 * config.alpha * config.beta ** abs(config.gamma - layer) * value
+
+
+class _Layer(Reduction):
+    """Merging around one self-attention, which it computes itself to see what attention every token receives.
+
+    `value` keeps the semantic value (B, N) for the next step. The host fills in `src`, `dst` and `r` before each call.
+    """
+
+    def __init__(self, block: Block, place: int, value: Feature, config: Config):
+        super().__init__(block, self.match)
+        self.place, self.value, self.config = place, value, config
+        self.src = self.dst = self.used = None
+        self.r = 0
+
+    def match(self, x: Tensor) -> Plan:
+        batch, value = len(x), self.value.value
+        if self.block.rotary:
+            x, value = joined(x), None if value is None else value.mean(0, keepdim=True)
+        score, into = cosine_match(x, self.src, self.dst)
+        if value is not None:
+            score = edge_score(score, value[:, self.src], self.place, self.config)
+        self.used = merge_plan(score, into, self.src, self.dst, self.r, batch)
+        return self.used
+
+    def around(self, forward, *args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
+        return getattr(self, self.block.stream)(self.attend, *args, **kwargs)
+
+    def attend(self, *args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
+        """The attention of the merged tokens, behind the text if there is any; keeps the column means of its map."""
+        out, mass = attend(self.block.attn, *args, **kwargs)
+        plan, self.used = self.used, None
+        image = mass[:, mass.shape[1] - plan.segments.length:, None]
+        self.value.value = plan.restore(image.contiguous()).squeeze(-1) / mass.shape[1]
+        return out
+
+
+def apply(target: Any, config: Config = Config()) -> Patch:
+    """Merge around the self-attention of every block whose grid is at most `config.max_downsample` times coarser.
+
+    Args:
+        target: a diffusers pipeline, or its UNet or transformer.
+
+    Raises:
+        ValueError: no such block, another model family, or already applied.
+    """
+    patch = Patch(target, "turbo", depth=TOKENS)
+    if config.ratio == 0:
+        return patch
+    denoiser = describe(patch.model)
+    blocks = patch.require(
+        (b for b in denoiser.blocks if 2 ** b.level <= config.max_downsample and not b.temporal
+         and denoiser.family in FAMILIES),
+        f"self-attention at a downsampling of {config.max_downsample} or less in a model of {', '.join(FAMILIES)}")
+    layers = [_Layer(block, place, patch.feature(), config) for place, block in enumerate(blocks)]
+    for layer in layers:
+        patch.around(layer.block.norm, layer.observe)
+        patch.around(layer.block.attn, layer.around, opaque=True)
+
+    def draw(context: StepContext) -> None:
+        random = torch.Generator().manual_seed(config.seed * 1_000_003 + context.i) if config.random else None
+        for layer in layers:
+            if not patch.reaches(layer.block.attn):
+                continue
+            grid = denoiser.grid(context.inputs, layer.block)
+            dst = destinations(*grid, config.stride, random)
+            free = torch.ones(prod(grid), dtype=torch.bool).index_fill_(0, dst, False)
+            layer.tokens, layer.r, device = len(free), reduction(len(free), len(dst), config.ratio), context.sample.device
+            layer.src, layer.dst = free.nonzero().squeeze(1).to(device), dst.to(device)
+            patch.counts["by_similarity" if layer.value.value is None else "by_information"] += 1
+
+    patch.each_call(draw)
+    return patch
