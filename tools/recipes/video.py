@@ -1,0 +1,90 @@
+"""Digits that move, from prompts such as "seven moving left": a joint text and video transformer (CogVideoX).
+
+It attends over all frames at once. It learns first at 16x16 pixels a frame, then at 32x32.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from accel_tools import digits
+from accel_tools.training import CHECKPOINTS, Run, Trained, device, stratified, train, zero
+from methods._zoo import text
+
+TRANSFORMER = dict(num_attention_heads=4, attention_head_dim=32, in_channels=1, out_channels=1, time_embed_dim=128,
+                   text_embed_dim=64, num_layers=6, sample_width=32, sample_height=32, sample_frames=digits.FRAMES,
+                   patch_size=4, temporal_compression_ratio=1, max_text_seq_length=text.SHORT,
+                   use_rotary_positional_embeddings=True)
+TEXT = dict(d_model=64, d_kv=32, d_ff=128, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")
+SCHEDULER = dict(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing",
+                 rescale_betas_zero_snr=True, clip_sample=False, snr_shift_scale=1.0)
+LENGTHS = ((text.SHORT, 0.9), (226, 0.1))       # to which prompts are padded; the pipeline's default is 226
+
+
+def prompts() -> list[str]:
+    """All forty: ten digits by four directions, digit by digit."""
+    return [f"{word} moving {direction}" for word in digits.WORDS for direction in digits.DIRECTIONS]
+
+
+def models(layers: int = TRANSFORMER["num_layers"]) -> nn.ModuleDict:
+    from diffusers import CogVideoXTransformer3DModel
+    from transformers import T5EncoderModel
+    transformer = CogVideoXTransformer3DModel(**TRANSFORMER | {"num_layers": layers})
+    for block in transformer.transformer_blocks:                           # start as the identity, the output at zero
+        zero(block.norm1.linear, block.norm2.linear)
+    zero(transformer.norm_out.linear, transformer.proj_out)
+    return nn.ModuleDict({"transformer": transformer, "text_encoder": T5EncoderModel(text.t5_config(**TEXT))})
+
+
+def rotary(grid: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of all places of a clip of `grid` x `grid` tokens a frame, laid over the full grid."""
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    full = TRANSFORMER["sample_width"] // TRANSFORMER["patch_size"]
+    return get_3d_rotary_pos_embed(TRANSFORMER["attention_head_dim"], ((0, 0), (full, full)), (grid, grid), digits.FRAMES)
+
+
+def loss_at(side: int, size: int) -> Callable[[Run], Tensor]:
+    """Mean squared error of v on `size` clips of `side` x `side` pixels at stratified noise levels; one prompt in ten is
+    dropped."""
+    from diffusers import CogVideoXDDIMScheduler
+    alphas = CogVideoXDDIMScheduler(**SCHEDULER).alphas_cumprod.float()
+    signal, noise_level = alphas.sqrt(), (1 - alphas).sqrt()
+    x, y = digits.split(held_out=False)
+    tokenizer, (lengths, chances) = text.t5_tokenizer(), zip(*LENGTHS, strict=True)
+    ids = {n: tokenizer([*prompts(), ""], padding="max_length", max_length=n, return_tensors="pt").input_ids for n in lengths}
+    positions = tuple(part.to(device()) for part in rotary(side // TRANSFORMER["patch_size"]))
+
+    def loss(run: Run) -> Tensor:
+        index = torch.randint(len(x), (size,), generator=run.random)
+        direction = torch.randint(len(digits.DIRECTIONS), (size,), generator=run.random)
+        clips = digits.moving(x[index], direction, run.random)
+        x0 = F.avg_pool2d(clips.flatten(0, 1), digits.CANVAS // side).unflatten(0, (size, digits.FRAMES))
+        dropped = torch.rand(size, generator=run.random) < 0.1
+        prompt = torch.where(dropped, len(prompts()), y[index] * len(digits.DIRECTIONS) + direction)
+        length = lengths[int(torch.multinomial(torch.tensor(chances), 1, generator=run.random))]
+        t = (stratified(run, size) * 1000).long().clamp(max=999)
+        noise = torch.randn(x0.shape, generator=run.random)
+        a, s = signal[t].view(-1, 1, 1, 1, 1), noise_level[t].view(-1, 1, 1, 1, 1)
+        noisy, t = (a * x0 + s * noise).to(device()), t.to(device())
+        with torch.autocast(device().type, dtype=torch.bfloat16):
+            words = run.model["text_encoder"](ids[length][prompt].to(device())).last_hidden_state
+            v = run.model["transformer"](noisy, words, t, image_rotary_emb=positions).sample
+        return F.mse_loss(v.float(), (a * noise - s * x0).to(device()))
+    return loss
+
+
+def train_video(seed: int, scale: float) -> Trained:
+    torch.manual_seed(seed)
+    first = Run(models().to(device()), steps=round(1600 * scale), lr=1.5e-3, average=0.999, seed=seed)
+    train(first, loss_at(16, 16), CHECKPOINTS / "video_dit-16.ckpt")
+    torch.manual_seed(seed)
+    model = models().to(device())
+    model.load_state_dict(first.averaged.state_dict())
+    run = Run(model, steps=round(1600 * scale), lr=8e-4, average=0.999, seed=seed + 1)
+    train(run, loss_at(32, 8), CHECKPOINTS / "video_dit.ckpt")
+    return Trained(run.after(first), {"transformer": TRANSFORMER, "text": TEXT, "scheduler": SCHEDULER}, batch=8,
+                   data=f"npm {digits.PACKAGE}: 8,000 training images, shrunk to 20x20 and moved over 8 frames of 32x32 by a "
+                        f"pixel a frame; first {first.steps} steps of 16 clips at 16x16, then {run.steps} steps of 8 at 32x32")
