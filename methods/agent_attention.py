@@ -47,7 +47,7 @@ from methods._core.denoiser import Block, describe
 from methods._core.patch import TOKENS, Patch
 from methods._core.reduction import Reduction
 from methods._core.tokens import merge_plan
-from methods.tome import destinations, reduction
+from methods.tome import partition, reduction
 
 __all__ = ["OFF", "AgentAttention", "Config", "agent_attention", "apply"]
 
@@ -142,16 +142,13 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     def draw(context: StepContext) -> None:
         early = context.i < config.agent_steps
         stride = config.stride if early else config.late_stride
-        random = torch.Generator().manual_seed(config.seed * 1_000_003 + context.i) if config.random else None
+        random = context.random(config.seed) if config.random else None
         for merge in (merge for merge in merges if patch.reaches(merge.block.attn)):
-            frames, height, width = denoiser.grid(context.inputs, merge.block)
-            dst = destinations(frames, height, width, stride, random)
-            free = torch.ones(frames * height * width, dtype=torch.bool).index_fill_(0, dst, False)
-            merge.tokens = len(free)
-            merge.r = reduction(len(free), len(dst), config.ratio)
-            merge.agent_r = reduction(len(free), len(dst), config.agent_ratio)
-            merge.engaged = early and 2 * (len(free) - merge.agent_r) < len(free) - merge.r
-            merge.src, merge.dst = (index.to(context.sample.device) for index in (free.nonzero().squeeze(1), dst))
+            merge.src, merge.dst = partition(denoiser.grid(context.inputs, merge.block), stride, random,
+                                             context.sample.device)
+            N = merge.tokens = len(merge.src) + len(merge.dst)
+            merge.r, merge.agent_r = (reduction(N, len(merge.dst), ratio) for ratio in (config.ratio, config.agent_ratio))
+            merge.engaged = early and 2 * (N - merge.agent_r) < N - merge.r
             patch.counts["agents" if merge.engaged else "merged"] += 1
 
     patch.each_call(draw)

@@ -149,9 +149,8 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     patch = Patch(target, "deepcache")
     if config.interval == 1:
         return patch
-    if config.power is not None and patch.pipe is None:
-        patch.remove()
-        raise ValueError("the non-uniform schedule needs the number of steps: apply deepcache to the pipeline")
+    if config.power is not None:                                   # the non-uniform schedule spans the whole run
+        patch.require_pipeline()
     stages = patch.require(describe(patch.model).unet, "UNet stages with skip connections (on a transformer use fora)")
     try:
         deep = deep_modules(tuple(stages), config.branch)

@@ -97,9 +97,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     patch = Patch(target, "fora")
     if config.interval == 1:
         return patch
-    if patch.pipe is None:
-        patch.remove()
-        raise ValueError("fora counts the steps of a run: apply it to the pipeline, not to the bare model")
+    patch.require_pipeline()
     denoiser = describe(patch.model)
     blocks = patch.require(() if denoiser.unet else denoiser.blocks, "chain of transformer blocks (on a UNet use deepcache)")
     reuses = []

@@ -47,7 +47,7 @@ from methods._core.denoiser import Block, describe
 from methods._core.patch import TOKENS, Patch
 from methods._core.reduction import Reduction
 from methods._core.tokens import Plan, merge_plan
-from methods.tome import destinations, reduction
+from methods.tome import partition, reduction
 
 __all__ = ["OFF", "Config", "apply", "draw", "importance", "nearest_place", "sizes"]
 
@@ -209,7 +209,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         if context.branch == 0:
             guidance.last = guidance.halves(context) if context.i >= importance_from else None
             guidance.outputs.clear()
-        random = torch.Generator().manual_seed(config.seed * 1_000_003 + context.i)
+        random = context.random(config.seed)
         drawn: dict[tuple, tuple] = {}
         for layer in layers:
             if not patch.reaches(layer.block.attn):
@@ -224,9 +224,8 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     def choose(context: StepContext, grid: tuple[int, int, int], random: torch.Generator) -> tuple:
         tokens, sample, copies = prod(grid), context.sample, 1
         if guidance.last is None:
-            dst = destinations(*grid, 2, random)
-            src = torch.ones(tokens, dtype=torch.bool).index_fill_(0, dst, False).nonzero().T
-            src, dst, r = src.to(sample.device), dst[None].to(sample.device), reduction(tokens, len(dst), ratio)
+            src, dst = (at[None] for at in partition(grid, 2, random, sample.device))
+            r = reduction(tokens, dst.shape[1], ratio)
             forced = torch.zeros(1, 1, device=sample.device)
         else:
             r, D, M = sizes(tokens, ratio, config.destinations, pool)

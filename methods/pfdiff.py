@@ -149,9 +149,8 @@ def apply(pipe: Any, config: Config = Config()) -> Patch:
     patch = Patch(pipe, "pfdiff")
     if config.k == 0:
         return patch
+    patch.require_pipeline()
     try:
-        if patch.pipe is None:
-            raise ValueError("pfdiff works on the sampling loop: apply it to the pipeline, not to the bare model")
         grid_class(patch.pipe.scheduler)
         solver = _Solver(patch, config)
         patch.solve(solver)

@@ -153,7 +153,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         layer.wire(patch)
 
     def draw(context: StepContext) -> None:
-        random = torch.Generator().manual_seed(config.seed * 1_000_003 + context.i)
+        random = context.random(config.seed)
         for layer in layers:
             if patch.reaches(layer.block.attn):
                 layer.planner.grid = denoiser.grid(context.inputs, layer.block)

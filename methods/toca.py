@@ -259,9 +259,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     patch = Patch(target, "toca")
     if config.interval == 1:
         return patch
-    if patch.pipe is None:
-        patch.remove()
-        raise ValueError("toca counts the steps of a run: apply it to the pipeline, not to the bare model")
+    patch.require_pipeline()
     denoiser = describe(patch.model)
     blocks = patch.require(denoiser.blocks if denoiser.family in FAMILIES else (), f"blocks of {', '.join(FAMILIES)}")
     schedule = FAMILIES[denoiser.family] if config.schedule == "auto" else config.schedule

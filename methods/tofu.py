@@ -7,7 +7,7 @@ and the early ones are not. Tokens are paired as in ToMe; early blocks keep the 
 rest, late blocks merge the group by an average that does not shrink: the mean's direction with the largest norm.
 
 Map
-    matching   as in ToMe, on the block's input                     methods._core.tokens.match_plan
+    matching   as in ToMe, on the block's input                     methods.tome.Matching
     MLERP      norm-preserving mean of a group                      mlerp
     pruning    the destination stands for its group, unchanged      methods._core.tokens.Plan.drop
     placement  prune before the separation depth, MLERP from it on  prunes, apply
@@ -37,11 +37,11 @@ import torch
 from torch import Tensor
 
 from methods._core.context import StepContext
-from methods._core.denoiser import Block, describe
+from methods._core.denoiser import describe
 from methods._core.patch import TOKENS, Patch
 from methods._core.reduction import Reduction
-from methods._core.tokens import Plan, match_plan
-from methods.tome import destinations, reduction
+from methods._core.tokens import Plan
+from methods.tome import Matching, partition, reduction
 
 __all__ = ["OFF", "Config", "apply", "mlerp", "prunes"]
 
@@ -84,18 +84,6 @@ def prunes(index: int, depth: int, separation: float) -> bool:
     return index < separation * depth
 
 
-class _Matching:
-    """ToMe's matching in one block. The host fills in `src`, `dst` and `r` before each call of the denoiser."""
-
-    def __init__(self, block: Block):
-        self.shared = block.rotary
-        self.src = self.dst = None
-        self.r = 0
-
-    def __call__(self, x: Tensor) -> Plan:
-        return match_plan(x, self.src, self.dst, self.r, shared=self.shared)
-
-
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Prune or merge around the self-attention of every block whose grid is at most `config.max_downsample` times coarser.
 
@@ -114,20 +102,19 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     layers = []
     for block in blocks:
         pruning = prunes(block.index, len(denoiser.blocks), config.separation)
-        layers.append((Reduction(block, _Matching(block), Plan.drop if pruning else mlerp), "pruned" if pruning else "merged"))
+        layers.append((Reduction(block, Matching(block), Plan.drop if pruning else mlerp), "pruned" if pruning else "merged"))
         layers[-1][0].wire(patch)
 
     def draw(context: StepContext) -> None:
-        random = torch.Generator().manual_seed(config.seed * 1_000_003 + context.i) if config.random else None
+        random = context.random(config.seed) if config.random else None
         for layer, done in layers:
             if not patch.reaches(layer.block.attn):
                 continue
-            frames, height, width = denoiser.grid(context.inputs, layer.block)
-            dst = destinations(frames, height, width, config.stride, random)
-            free = torch.ones(frames * height * width, dtype=torch.bool).index_fill_(0, dst, False)
-            layer.tokens, matching, device = len(free), layer.planner, context.sample.device
-            matching.r = reduction(len(free), len(dst), config.ratio)
-            matching.src, matching.dst = free.nonzero().squeeze(1).to(device), dst.to(device)
+            matching = layer.planner
+            matching.src, matching.dst = partition(denoiser.grid(context.inputs, layer.block), config.stride, random,
+                                                   context.sample.device)
+            layer.tokens = len(matching.src) + len(matching.dst)
+            matching.r = reduction(layer.tokens, len(matching.dst), config.ratio)
             patch.counts[done] += 1
 
     patch.each_call(draw)

@@ -7,10 +7,10 @@ their best match among a sparse set of destinations; attention runs on N - r tok
 places, so the residual stream keeps full resolution.
 
 Map
-    partition   one random destination in each cell                 destinations
+    partition   one random destination in each cell                 destinations, partition
     reduction   r = ratio * N, at most N - destinations             reduction
-    merging     match sources, merge by the mean, unmerge           methods._core.tokens.match_plan
-    placement   around self-attention, matched on the block's input  apply
+    merging     match sources, merge by the mean, unmerge           Matching, methods._core.tokens.match_plan
+    placement   around self-attention, matched on the block's input  apply, methods._core.reduction.Reduction
 
 Departures
     Destinations come from `seed` and the step, afresh in every run; the official generator is forked once and drifts.
@@ -31,6 +31,7 @@ Example
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -39,9 +40,10 @@ from torch import Tensor
 from methods._core.context import StepContext
 from methods._core.denoiser import Block, describe
 from methods._core.patch import TOKENS, Patch
+from methods._core.reduction import Reduction
 from methods._core.tokens import Plan, match_plan
 
-__all__ = ["OFF", "Config", "apply", "destinations", "reduction"]
+__all__ = ["OFF", "Config", "Matching", "apply", "destinations", "partition", "reduction"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,55 +83,24 @@ def reduction(tokens: int, dst: int, ratio: float) -> int:
     return min(int(tokens * ratio), tokens - dst)
 
 
-class _Merge:
-    """Matches on the input of one block, merges before its self-attention and copies back after it.
+def partition(grid: tuple[int, int, int], stride: int, random: torch.Generator | None, device: torch.device
+              ) -> tuple[Tensor, Tensor]:
+    """Sources and destinations of a grid (frames, height, width), ascending positions on `device`. -> (S,), (D,)"""
+    dst = destinations(*grid, stride, random)
+    src = torch.ones(prod(grid), dtype=torch.bool).index_fill_(0, dst, False).nonzero().squeeze(1)
+    return src.to(device), dst.to(device)
 
-    The host fills in `src`, `dst` and `r` before each call of the denoiser.
-    """
+
+class Matching:
+    """Plans one block: matches sources with destinations and cuts the list at r. The host sets all three before each call."""
 
     def __init__(self, block: Block):
-        self.block = block
-        self.input = self.src = self.dst = None
+        self.shared = block.rotary
+        self.src = self.dst = None
         self.r = 0
 
-    def observe(self, forward, x: Tensor, *args, **kwargs):
-        """Around the norm: x is the block's input, (B, N, C), text first in a fused sequence."""
-        self.input = x
-        return forward(x, *args, **kwargs)
-
-    def plan(self) -> Plan:
-        x, self.input = self.input, None
-        return match_plan(x[:, x.shape[1] - self.tokens:], self.src, self.dst, self.r, shared=self.block.rotary)
-
-    def image(self, forward, x: Tensor, *args, **kwargs) -> Tensor:
-        plan = self.plan()
-        return plan.restore(forward(plan.reduce(x), *args, **kwargs))
-
-    def joint(self, forward, hidden_states: Tensor, encoder_hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
-        plan = self.plan()
-        kwargs = self.turn(kwargs, plan, encoder_hidden_states.shape[1])
-        image, text = forward(hidden_states=plan.reduce(hidden_states), encoder_hidden_states=encoder_hidden_states, **kwargs)
-        return plan.restore(image), text
-
-    def fused(self, forward, hidden_states: Tensor, **kwargs) -> Tensor:
-        plan, words = self.plan(), hidden_states.shape[1] - self.tokens
-        short = torch.cat([hidden_states[:, :words], plan.reduce(hidden_states[:, words:])], 1)
-        out = forward(hidden_states=short, **self.turn(kwargs, plan, words))
-        return torch.cat([out[:, :words], plan.restore(out[:, words:])], 1)
-
-    @property
-    def tokens(self) -> int:
-        return self.src.shape[0] + self.dst.shape[0]
-
-    def turn(self, kwargs: dict[str, Any], plan: Plan, words: int) -> dict[str, Any]:
-        """Gather the rotary embedding, cosine and sine of (words + tokens, D) or (tokens, D), along with the tokens."""
-        rotary = kwargs.get("image_rotary_emb")
-        if rotary is None:
-            return kwargs
-        owner = plan.owner[0]
-        if rotary[0].shape[0] > self.tokens:
-            owner = torch.cat([torch.arange(words, device=owner.device), words + owner])
-        return {**kwargs, "image_rotary_emb": tuple(part[owner.to(part.device)] for part in rotary)}
+    def __call__(self, x: Tensor) -> Plan:
+        return match_plan(x, self.src, self.dst, self.r, shared=self.shared)
 
 
 def apply(target: Any, config: Config = Config()) -> Patch:
@@ -147,22 +118,19 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     denoiser = describe(patch.model)
     blocks = patch.require((b for b in denoiser.blocks if 2 ** b.level <= config.max_downsample and not b.temporal),
                            f"self-attention at a downsampling of {config.max_downsample} or less")
-    merges = [_Merge(block) for block in blocks]
-    for merge in merges:
-        patch.around(merge.block.norm, merge.observe)
-        patch.around(merge.block.attn, getattr(merge, merge.block.stream))
+    layers = [Reduction(block, Matching(block)) for block in blocks]
+    for layer in layers:
+        layer.wire(patch)
 
     def draw(context: StepContext) -> None:
-        random = torch.Generator().manual_seed(config.seed * 1_000_003 + context.i) if config.random else None
-        reached = [merge for merge in merges if patch.reaches(merge.block.attn)]
-        for merge in reached:
-            frames, height, width = denoiser.grid(context.inputs, merge.block)
-            dst = destinations(frames, height, width, config.stride, random)
-            free = torch.ones(frames * height * width, dtype=torch.bool).index_fill_(0, dst, False)
-            merge.r = reduction(len(free), len(dst), config.ratio)
-            device = context.sample.device
-            merge.src, merge.dst = free.nonzero().squeeze(1).to(device), dst.to(device)
-        patch.counts["merged"] += len(reached)
+        random = context.random(config.seed) if config.random else None
+        for layer in (layer for layer in layers if patch.reaches(layer.block.attn)):
+            matching = layer.planner
+            matching.src, matching.dst = partition(denoiser.grid(context.inputs, layer.block), config.stride, random,
+                                                   context.sample.device)
+            layer.tokens = len(matching.src) + len(matching.dst)
+            matching.r = reduction(layer.tokens, len(matching.dst), config.ratio)
+            patch.counts["merged"] += 1
 
     patch.each_call(draw)
     return patch

@@ -46,7 +46,7 @@ from methods._core.denoiser import Block, describe
 from methods._core.patch import TOKENS, Feature, Patch
 from methods._core.reduction import Reduction
 from methods._core.tokens import Plan, joined, merge_plan
-from methods.tome import destinations, reduction
+from methods.tome import partition, reduction
 
 __all__ = ["OFF", "Config", "apply", "edge_score"]
 
@@ -149,15 +149,14 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         patch.around(layer.block.attn, layer.around, opaque=True)
 
     def draw(context: StepContext) -> None:
-        random = torch.Generator().manual_seed(config.seed * 1_000_003 + context.i) if config.random else None
+        random = context.random(config.seed) if config.random else None
         for layer in layers:
             if not patch.reaches(layer.block.attn):
                 continue
             grid = denoiser.grid(context.inputs, layer.block)
-            dst = destinations(*grid, config.stride, random)
-            free = torch.ones(prod(grid), dtype=torch.bool).index_fill_(0, dst, False)
-            layer.tokens, layer.r, device = len(free), reduction(len(free), len(dst), config.ratio), context.sample.device
-            layer.src, layer.dst = free.nonzero().squeeze(1).to(device), dst.to(device)
+            layer.src, layer.dst = partition(grid, config.stride, random, context.sample.device)
+            layer.tokens = prod(grid)
+            layer.r = reduction(layer.tokens, len(layer.dst), config.ratio)
             patch.counts["by_similarity" if layer.value.value is None else "by_information"] += 1
 
     patch.each_call(draw)

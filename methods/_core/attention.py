@@ -17,29 +17,48 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def attend(attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
-           image_rotary_emb: tuple[Tensor, Tensor] | None = None, **_) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
+def qkv(attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None, **_) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (B, H, tokens, D), normed and turned, with the text of a joint attention first.
+
+    Self-attention of one stream (a UNet, DiT, PixArt, Latte, a Flux single block) or joint attention with projections of its
+    own for the text (SD3, a Flux double block) or without (CogVideoX).
+    """
+    text = encoder_hidden_states
+    apart = text is not None and getattr(attn, "add_q_proj", None) is not None
+    x = hidden_states if text is None or apart else torch.cat([text, hidden_states], 1)
+    q, k, v = (heads(project(x), attn) for project in (attn.to_q, attn.to_k, attn.to_v))
+    q, k = (attn.norm_q or _same)(q), (attn.norm_k or _same)(k)
+    if apart:
+        words = [heads(project(text), attn) for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
+        words[:2] = (attn.norm_added_q or _same)(words[0]), (attn.norm_added_k or _same)(words[1])
+        q, k, v = (torch.cat(pair, 2) for pair in zip(words, (q, k, v), strict=True))
+    if image_rotary_emb is not None:
+        still = q.shape[2] - image_rotary_emb[0].shape[0]                      # text without positions
+        q, k = (torch.cat([t[:, :, :still], apply_rotary_emb(t[:, :, still:], image_rotary_emb)], 2) if still else
+                apply_rotary_emb(t, image_rotary_emb) for t in (q, k))
+    return q, k, v
+
+
+def leave(attn: nn.Module, out: Tensor, words: int) -> Tensor | tuple[Tensor, Tensor]:
+    """From heads (B, H, words + N, D) to what `attn` returns: x, or (x, text) of a joint attention."""
+    out = out.transpose(1, 2).flatten(2)
+    if words:
+        text, image = out[:, :words].contiguous(), out[:, words:].contiguous()
+        if getattr(attn, "add_q_proj", None) is None:
+            return project_out(attn, image), project_out(attn, text)
+        return project_out(attn, image), text if getattr(attn, "context_pre_only", False) else attn.to_add_out(text)
+    return out if getattr(attn, "pre_only", False) else project_out(attn, out)
+
+
+def attend(attn: nn.Module, *args, **kwargs) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
     """What `attn` returns, and the attention mass (B, tokens) each token receives: column sums of the map, mean over heads.
 
-    Self-attention of one stream (DiT, PixArt, Latte, a Flux single block) or joint attention with the text first (a Flux
-    double block; the mass covers text, then image).
+    In a joint attention the mass covers text, then image.
     """
-    q, k, v = (heads(project(hidden_states), attn) for project in (attn.to_q, attn.to_k, attn.to_v))
-    norm_q, norm_k = attn.norm_q or _same, attn.norm_k or _same
-    q, k = norm_q(q), norm_k(k)
-    words = 0
-    if encoder_hidden_states is not None:
-        words = encoder_hidden_states.shape[1]
-        text = [heads(project(encoder_hidden_states), attn) for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
-        q, k, v = (torch.cat(pair, 2) for pair in zip(
-            [attn.norm_added_q(text[0]), attn.norm_added_k(text[1]), text[2]], (q, k, v), strict=True))
-    if image_rotary_emb is not None:
-        q, k = apply_rotary_emb(q, image_rotary_emb), apply_rotary_emb(k, image_rotary_emb)
-    out, mass = attention_mass(q, k, v)
-    out = out.transpose(1, 2).flatten(2)
-    if encoder_hidden_states is not None:
-        return (project_out(attn, out[:, words:].contiguous()), attn.to_add_out(out[:, :words].contiguous())), mass
-    return (out if getattr(attn, "pre_only", False) else project_out(attn, out)), mass
+    out, mass = attention_mass(*qkv(attn, *args, **kwargs))
+    text = kwargs.get("encoder_hidden_states")
+    return leave(attn, out, 0 if text is None else text.shape[1]), mass
 
 
 def project_out(attn: nn.Module, x: Tensor) -> Tensor:

@@ -41,6 +41,10 @@ class StepContext:
         """Steps still to come after this one: counts down to 0."""
         return self.steps - 1 - self.i
 
+    def random(self, seed: int) -> torch.Generator:
+        """The random draws of this step: the same in every run, apart from the global generator."""
+        return torch.Generator().manual_seed(seed * 1_000_003 + self.i)
+
 
 def split_target(target: Any) -> tuple[Any | None, nn.Module]:
     """A pipeline -> (pipeline, its denoiser); a bare denoiser -> (None, itself).

@@ -147,6 +147,12 @@ class Patch:
             raise ValueError(f"{self.name}: this {type(self.model).__name__} has no {what}, so nothing would change")
         return found
 
+    def require_pipeline(self) -> None:
+        """On a bare model, which does not say how many steps a run has, remove the patch and raise ValueError."""
+        if self.pipe is None:
+            self.remove()
+            raise ValueError(f"{self.name} follows the steps of a run: apply it to the pipeline, not to the bare model")
+
     # ---- what a user calls --------------------------------------------------------------------------------------------
 
     @property
