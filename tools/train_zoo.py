@@ -2,8 +2,8 @@
 
 Runs on a CPU in one to two hours or on a GPU unchanged. It writes a checkpoint every few hundred steps to
 `build/zoo/<name>.ckpt` and continues exactly where it stopped when called again (the checkpoint holds weights, averages,
-optimiser and random state). At the end it writes `methods/_zoo/<name>.safetensors` (fp16), a sheet of samples `<name>.png`
-and the card `<name>.json` with what the judge says of 500 images.
+optimiser and random state). At the end it writes `methods/_zoo/<name>.safetensors` (fp16), the card `<name>.json` with what
+the judge says of 500 images, and a sheet of samples, `site/assets/models/<name>.png`.
 """
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from accel_tools.recipes import ar, dit, emoji, judges, video
 from accel_tools.records import rounded
 from accel_tools.tasks import TASKS
-from accel_tools.training import ZOO, Trained, write_card
+from accel_tools.training import ROOT, Trained, write_card
 from methods._zoo import card
 
+PICTURES = ROOT / "site/assets/models"
 RECIPES: dict[str, Callable[[int, float], Trained]] = {
     "judge": judges.train_digit_judge, "emoji_judge": judges.train_emoji_judge, "video_judge": judges.train_video_judge,
     "dit": dit.train_dit, "unet": emoji.train_unet, "mmdit": emoji.train_mmdit, "video_dit": video.train_video,
     "ar": ar.train_ar}
 
 
-def scored(name: str, n: int, seed: int = 0) -> tuple[dict[str, Any], Tensor]:
-    """What the judge says of `n` images of a trained model by its plain run of 50 steps, and the images."""
+def scored(name: str, n: int, steps: int | None, seed: int = 0) -> tuple[dict[str, Any], Tensor]:
+    """What the judge says of `n` images of a trained model by its plain run of `steps` steps, and the images."""
     task = TASKS[name]
     pipe, prompts = task.load(), task.prompts(n)
     arm = task.plain("sjd" if "decoder" in task.kinds else None)
-    steps = None if arm.steps is None else 50
+    steps = arm.steps and steps
     with arm.applied(pipe):
         images = task.sample(pipe, steps, prompts, seed=seed)
     how = "one pass a token" if steps is None else f"{type(pipe.scheduler).__name__}, {steps} steps"
@@ -55,14 +57,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", choices=RECIPES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiply the number of steps")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--images", type=int, default=500, help="how many the judge sees")
+    parser.add_argument("--steps", type=int, default=50, help="of the sampler that draws them")
     args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
     RECIPES[args.name](args.seed, args.scale).write(args.name, args.seed)
     if args.name in TASKS:
         print(f"sampling {args.images} images for the judge", flush=True)
-        metrics, images = scored(args.name, args.images)
-        write_card(args.name, card(args.name) | {"metrics": metrics})
-        sheet(images[:60 if images.ndim == 4 else 8]).save(ZOO / f"{args.name}.png", optimize=True)
+        metrics, images = scored(args.name, args.images, args.steps)
+        command = " ".join(["python tools/train_zoo.py", *(argv or sys.argv[1:])])
+        write_card(args.name, card(args.name) | {"command": command, "metrics": metrics})
+        PICTURES.mkdir(parents=True, exist_ok=True)
+        sheet(images[:60 if images.ndim == 4 else 8]).save(PICTURES / f"{args.name}.png", optimize=True)
         print(metrics)
     return 0
 

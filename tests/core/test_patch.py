@@ -5,7 +5,7 @@ import pytest
 import torch
 from families import FAMILIES
 
-from methods import deepcache, fora, pfdiff, toca, todo, tome
+from methods import fora, tome
 from methods._core.patch import TOKENS, Patch
 
 
@@ -122,34 +122,6 @@ def test_not_a_pipeline_is_named():
         tome.apply(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="not str"):
         tome.apply("stable-diffusion")
-
-
-PAIRS = {("unet", tome, deepcache): True, ("unet", todo, deepcache): True, ("dit", tome, fora): True,
-         ("dit", todo, fora): True, ("dit", pfdiff, fora): True, ("dit", pfdiff, toca): True,
-         ("dit", pfdiff, tome): True, ("unet", pfdiff, deepcache): True,
-         ("dit", tome, todo): False, ("dit", fora, toca): False, ("dit", tome, toca): False, ("dit", todo, toca): False}
-
-
-@pytest.mark.parametrize("family, a, b", PAIRS, ids=lambda v: getattr(v, "__name__", v).removeprefix("methods."))
-def test_pairs_stack_in_any_order_or_say_why_not(family, a, b):
-    run = FAMILIES[family].run
-    if not PAIRS[family, a, b]:
-        for first, second in ((a, b), (b, a)):
-            pipe = FAMILIES[family].pipe()
-            with first.apply(pipe), pytest.raises(ValueError, match="cannot stack: "):
-                second.apply(pipe)
-        return
-    results = []
-    for first, second in ((a, b), (b, a)):
-        pipe = FAMILIES[family].pipe()
-        plain = run(pipe, steps=7)
-        with first.apply(pipe) as p, second.apply(pipe) as q:
-            results.append(run(pipe, steps=7))
-            assert p.report()["state"] == q.report()["state"] == "engaged"
-            p.remove()                                               # the first one on comes off first
-        assert torch.equal(run(pipe, steps=7), plain)
-        assert not torch.equal(results[-1], plain)
-    assert torch.equal(*results)
 
 
 def test_report_counts_what_runs_under_a_cache():

@@ -1,0 +1,83 @@
+"""catalog/pairs.json says which two patches stack on which model family, and why others do not. It is derived here, by trying.
+
+`pytest tests/test_pairs.py --update` writes it anew. A pair that stacks must then show on one family what a single method
+shows: both engage, either order gives the same result, a second run equals a fresh one, and either comes off first.
+"""
+import importlib
+import itertools
+import json
+from pathlib import Path
+
+import contract
+import pytest
+import torch
+from families import FAMILIES
+
+PAIRS = Path(__file__).parents[1] / "catalog/pairs.json"
+STEPS = 7
+
+
+def alone() -> dict[str, list[str]]:
+    """The families on which each patch works by itself."""
+    table = json.loads(contract.COMPATIBILITY.read_text())
+    return {slug: [family for family, found in row.items() if found["works"]] for slug, row in table.items()}
+
+
+def pairs() -> list[tuple[str, str, list[str]]]:
+    """Every two patches with the families on which both work, where there is one."""
+    works = alone()
+    found = [(a, b, [family for family in works[a] if family in works[b]]) for a, b in itertools.combinations(works, 2)]
+    return [(a, b, families) for a, b, families in found if families]
+
+
+def method(slug: str):
+    return importlib.import_module(f"methods.{slug}")
+
+
+def verdict(a: str, b: str, family: str) -> bool | str:
+    """True where the two stack in either order, else the reason they give."""
+    reasons = []
+    for first, second in ((a, b), (b, a)):
+        pipe = FAMILIES[family].pipe()
+        with method(first).apply(pipe):
+            try:
+                method(second).apply(pipe).remove()
+            except ValueError as refusal:
+                reasons.append(str(refusal))
+    assert len(reasons) in (0, 2), f"{a} and {b} stack in one order only: {reasons}"
+    return reasons[0] if reasons else True
+
+
+def test_table(request):
+    table: dict = {}
+    for a, b, families in pairs():
+        table.setdefault(a, {})[b] = {family: verdict(a, b, family) for family in families}
+    text = json.dumps(table, indent=1, ensure_ascii=False) + "\n"
+    if request.config.getoption("--update"):
+        PAIRS.write_text(text)
+    assert PAIRS.read_text() == text, "stale: run pytest tests/test_pairs.py --update"
+
+
+def stacking() -> list[tuple[str, str, str]]:
+    """Each pair that stacks, with the first family on which it does."""
+    table = json.loads(PAIRS.read_text()) if PAIRS.exists() else {}
+    return [(a, b, next(family for family, found in row.items() if found is True))
+            for a, rows in table.items() for b, row in rows.items() if True in row.values()]
+
+
+@pytest.mark.parametrize("a, b, family", stacking())
+def test_a_pair_that_stacks_does_what_one_method_does(a, b, family):
+    family = FAMILIES[family]
+    results = []
+    for first, second in ((a, b), (b, a)):
+        pipe = family.pipe()
+        plain = family.run(pipe, steps=STEPS)
+        with method(first).apply(pipe) as p, method(second).apply(pipe) as q:
+            results.append(family.run(pipe, steps=STEPS))
+            assert p.report()["state"] == q.report()["state"] == "engaged"
+            family.run(pipe, steps=STEPS, seed=1, batch=2)
+            assert torch.equal(family.run(pipe, steps=STEPS), results[-1])
+            p.remove()                                               # the first one on comes off first
+        assert torch.equal(family.run(pipe, steps=STEPS), plain)
+        assert results[-1].isfinite().all() and not torch.equal(results[-1], plain)
+    assert torch.equal(*results)
