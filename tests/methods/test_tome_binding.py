@@ -1,0 +1,211 @@
+import math
+
+import contract
+import pytest
+import torch
+from families import FAMILIES, WIDTH, WORDS
+
+from methods import tome, tome_binding
+from methods._core.attention import cross_map
+
+OBJECTS = (((2,), (1,)), ((4,), (3,)))
+PHRASES = torch.randn(3, WORDS, WIDTH, generator=torch.Generator().manual_seed(9))
+FULL = tome_binding.Config(objects=OBJECTS, anchors=tuple(PHRASES[:2]), simplified=PHRASES[2], length=3 + 1, token_steps=2,
+                           attention_steps=2, token_rate=10.0, attention_updates=(2, 2))
+CASES = [case for case in contract.cases(tome_binding, FULL)
+         if case[0] is not contract.on_changes_the_result_and_costs_less]      # no accelerator: it costs more
+
+
+@pytest.mark.parametrize("check, case", CASES, ids=contract.name)
+def test_contract(check, case):
+    check(case)
+
+
+def run(config, **setting):
+    family = FAMILIES["unet"]
+    pipe = family.pipe()
+    with tome_binding.apply(pipe, config) as patch:
+        return family.run(pipe, **setting), patch.report()
+
+
+def test_merging_sums_a_phrase_into_its_first_noun():
+    text = torch.randn(2, 8, 4)
+    merged = tome_binding.merge_tokens(text, (((2,), (1,)), ((5, 6), (4, 7))))
+    torch.testing.assert_close(merged[:, 2], 1.1 * text[:, 2] + 1.2 * text[:, 1])
+    torch.testing.assert_close(merged[:, 5], 1.1 * (text[:, 5] + text[:, 6]) + 1.2 * (text[:, 4] + text[:, 7]))
+    assert not merged[:, [1, 4, 6, 7]].any()
+    assert torch.equal(merged[:, [0, 3]], text[:, [0, 3]])
+
+
+def test_a_noun_without_modifiers_is_only_scaled():
+    text = torch.randn(1, 5, 4)
+    merged = tome_binding.merge_tokens(text, (((2,), ()),))
+    torch.testing.assert_close(merged[:, 2], 1.1 * text[:, 2])
+    assert torch.equal(merged[:, [0, 1, 3, 4]], text[:, [0, 1, 3, 4]])
+
+
+def test_end_substitution_changes_only_what_follows_the_prompt():
+    text, simplified = torch.randn(2, 8, 4), torch.randn(8, 4)
+    replaced = tome_binding.replace_end(text, simplified, 5)
+    assert torch.equal(replaced[:, :6], text[:, :6])
+    assert torch.equal(replaced[:, 6:], simplified[6:].expand(2, -1, -1))
+
+
+def test_entropy_of_a_point_of_a_plane_and_of_maps_written_out():
+    point = torch.zeros(1, 1024, 4)
+    point[0, 100, 2] = 5.0
+    assert tome_binding.entropy_loss(point, [2], 3).item() == pytest.approx(0, abs=1e-3)
+    assert tome_binding.uniform_entropy(1024, 1) == pytest.approx(13.843, abs=1e-3)
+    wide = torch.zeros(1, 1024, 4)
+    wide[0, ::2, 2] = 5.0                                                  # half of the places, evenly
+    assert tome_binding.entropy_loss(wide, [2], 3).item() == pytest.approx(tome_binding.uniform_entropy(512, 1), abs=1e-4)
+    maps = torch.rand(2, 36, 6)
+    for b in range(2):
+        total = 0.0
+        for noun in (2, 4):
+            weight = [[math.exp(2 * float(maps[b, n, t])) for t in range(1, 5)] for n in range(36)]
+            share = [row[noun - 1] / sum(row) for row in weight]
+            share = [(value - min(share)) / (max(share) - min(share)) for value in share]
+            total -= 2 * sum(value / sum(share) * math.log(value / sum(share) + 1e-5) for value in share)
+        assert tome_binding.entropy_loss(maps, [2, 4], 4)[b].item() == pytest.approx(total, rel=1e-4)
+
+
+def test_descent_on_the_entropy_makes_a_map_compact():
+    logits = torch.randn(1, 64, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    losses = []
+    for _ in range(30):
+        loss = tome_binding.entropy_loss(logits.softmax(-1), [2], 3)
+        losses.append(loss.item())
+        logits = (logits - 0.02 * torch.autograd.grad(loss.sum(), logits)[0]).detach().requires_grad_()
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.01
+
+
+def test_without_steps_only_the_text_is_merged():
+    """Both losses off: the pipeline given the merged embedding does the same."""
+    family = FAMILIES["unet"]
+    config = tome_binding.Config(objects=OBJECTS, token_steps=0, attention_steps=0)
+    merged, _ = run(config)
+    pipe = family.pipe()
+    forward = pipe.unet.forward
+
+    def with_merged(sample, t, encoder_hidden_states, **kwargs):
+        uncond, cond = encoder_hidden_states.chunk(2)
+        return forward(sample, t, torch.cat([uncond, tome_binding.merge_tokens(cond, OBJECTS)]), **kwargs)
+    pipe.unet.forward = with_merged
+    assert torch.equal(family.run(pipe), merged)
+
+
+def test_each_part_changes_the_result_and_is_counted():
+    off = dict(objects=OBJECTS, token_steps=0, attention_steps=0)
+    base, report = run(tome_binding.Config(**off))
+    assert "extra_calls" not in report and report["bound"] == 2 * 4
+    anchored = dict(anchors=FULL.anchors, token_rate=10.0)
+    for more, calls in ((dict(attention_steps=2, attention_updates=(3, 3), thresholds=(-9e9,)), 2 * 3),
+                        (anchored | dict(token_steps=2), 2 * 2 * (1 + 3 + 1)), (dict(simplified=PHRASES[2], length=3), None)):
+        objects = OBJECTS if more.get("length") is None else (((2,), (1,)),)
+        out, report = run(tome_binding.Config(**off | more | dict(objects=objects)))
+        assert report.get("extra_calls") == calls
+        assert not torch.equal(out, base)
+
+
+def test_a_tuned_token_does_more_of_what_its_phrase_does():
+    family, seen = FAMILIES["unet"], []
+    pipe = family.pipe()
+    with tome_binding.apply(pipe, tome_binding.Config(anchors=(PHRASES[0],), token_rate=1.0, token_updates=5,
+                                                      attention_steps=0)) as patch:
+        binding = patch._on_call[0].__self__
+        predict, mse = binding.predict, torch.nn.functional.mse_loss
+
+        def watch(context, x, text, start):
+            out = predict(context, x, text, start)
+            if context.i == 0:
+                seen.append(out.detach())
+            return out
+        binding.predict = watch
+        family.run(pipe, steps=2)
+    target, *tries, _ = seen                                               # the last is the anchor's unconditional half
+    errors = [mse(each, target).item() for each in tries]
+    assert len(errors) == 5 and errors == sorted(errors, reverse=True)
+
+
+def test_refining_lowers_the_entropy_of_the_first_step():
+    family = FAMILIES["unet"]
+    pipe = family.pipe()
+    config = tome_binding.Config(objects=OBJECTS, length=4, attention_steps=1, attention_updates=(6, 6), rate=0.05,
+                                 thresholds=(-9e9,))
+    with tome_binding.apply(pipe, config) as patch:
+        binding = patch._on_call[0].__self__
+        losses, measure = [], tome_binding.entropy_loss
+        try:
+            tome_binding.entropy_loss = lambda *args: losses.append(measure(*args)) or losses[-1]
+            family.run(pipe, steps=2, batch=2)
+        finally:
+            tome_binding.entropy_loss = measure
+        assert binding.maps is None
+    assert (losses[-1] < losses[0]).all()
+
+
+def test_samples_are_refined_apart_and_each_stops_by_itself():
+    """Two equal prompts with different noise end as each does alone."""
+    family = FAMILIES["unet"]
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    text = PHRASES[:1]
+    config = tome_binding.Config(objects=OBJECTS, length=4, attention_steps=2, rate=0.05, thresholds=(18.13,))
+
+    def sample(latents):
+        pipe = family.pipe()
+        with tome_binding.apply(pipe, config) as patch:
+            many = text.expand(len(latents), -1, -1)
+            out = pipe(prompt_embeds=many, negative_prompt_embeds=0 * many, latents=latents, num_inference_steps=3,
+                       output_type="latent").images
+            return out, patch.counts["attention_updates"]
+    (both, _), (first, few), (second, many) = sample(noise), sample(noise[:1]), sample(noise[1:])
+    assert few == 2 and many > 2
+    torch.testing.assert_close(both, torch.cat([first, second]), atol=1e-3, rtol=1e-3)
+
+
+def test_the_scheduler_does_not_notice_the_anchors():
+    plain, pipe = FAMILIES["unet"].pipe(), FAMILIES["unet"].pipe()
+    FAMILIES["unet"].run(plain)
+    with tome_binding.apply(pipe, FULL):
+        FAMILIES["unet"].run(pipe)
+    for name, value in vars(plain.scheduler).items():
+        other = vars(pipe.scheduler)[name]
+        assert torch.equal(value, other) if torch.is_tensor(value) else value == other
+
+
+def test_it_stacks_with_nothing():
+    pipe = FAMILIES["unet"].pipe()
+    with tome.apply(pipe), pytest.raises(ValueError, match="stacks with no other"):
+        tome_binding.apply(pipe)
+    with tome_binding.apply(pipe), tome.apply(pipe), pytest.raises(RuntimeError, match="stacks with no other"):
+        FAMILIES["unet"].run(pipe)
+
+
+def test_positions_behind_the_prompt_are_refused():
+    with pytest.raises(ValueError, match="behind the 4 tokens"):
+        run(tome_binding.Config(objects=(((7,), ()),)))
+    with pytest.raises(ValueError, match="pipeline"):
+        tome_binding.apply(FAMILIES["unet"].pipe().unet)
+
+
+def test_maps_are_read_where_the_attention_is():
+    """What `look` keeps is the map of the attention it stands around."""
+    pipe = FAMILIES["unet"].pipe()
+    attn = pipe.unet.up_blocks[1].attentions[1].transformer_blocks[0].attn2
+    with tome_binding.apply(pipe) as patch:
+        assert patch.report()["modules"] == 1 and hasattr(attn, "_patch_site")
+        binding = patch._on_call[0].__self__
+        x, text = torch.randn(1, 64, attn.to_q.in_features), torch.randn(1, WORDS, WIDTH)
+        binding.maps = []
+        attn(x, encoder_hidden_states=text)
+        assert torch.equal(binding.maps[0], cross_map(attn, x, text))
+
+
+@pytest.mark.parametrize("wrong, named", [
+    ({"objects": (((), (1,)),)}, "needs a noun"), ({"objects": (((0,), (1,)),)}, "positions from 1"),
+    ({"anchors": ("a", "b")}, "2 for 1 objects"), ({"token_steps": -1}, "token_steps=-1"),
+    ({"attention_updates": (0, 4)}, "attention_updates=")])
+def test_bad_values_are_named(wrong, named):
+    with pytest.raises(ValueError, match=named):
+        tome_binding.Config(**wrong)
