@@ -3,6 +3,7 @@
     python tools/bench.py                            the quick suite: every method on every bundled model that takes it
     python tools/bench.py --suite paper              the same with 500 images and more rounds
     python tools/bench.py --model unet --method tome deepcache
+    python tools/bench.py --suite paper --ray auto   its cells computed by the workers of a Ray cluster
     python tools/bench.py --method tome --realistic  speed on models of real size with random weights, beside the MAC bound
     python tools/bench.py --overhead                 what an applied off switch costs
     python tools/bench.py --catalog                  how the catalogue tools grow
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from accel_tools import catalog_bench, kernel_bench, records
+from accel_tools import catalog_bench, cluster, kernel_bench, records
 from accel_tools.catalog import ROOT, load
 from accel_tools.cells import Cells
 from accel_tools.realistic import CASES, SWITCHES, Case, Realistic
@@ -40,22 +41,25 @@ def suite(args: argparse.Namespace, cells: Cells) -> list[str]:
     chosen = PAPER if args.suite == "paper" else QUICK
     chosen = dataclasses.replace(chosen, images=args.images or chosen.images, rounds=args.rounds or chosen.rounds)
     catalog, timed = load(), not args.untimed
-    plans = [Plan(Bench(TASKS[model], chosen, cells), work(catalog, model, args.method), curve=not args.method)
+    plans = [Plan(Bench(TASKS[model], chosen, cells), work(catalog, model, args.method), around=not args.method)
              for model in args.model or bundled()]
-    minutes = [plan.bench.estimate(plan.work, timed) / 60 for plan in plans]
+    minutes = [plan.bench.estimate(plan.work, timed, plan.around) / 60 for plan in plans]
     for plan, each in zip(plans, minutes, strict=True):
         print(f"{plan.bench.task.model}: {len(plan.work)} configs, about {each:.0f} minutes of sampling")
         for slug, reason in plan.refused.items():
             print(f"  not {slug}: {reason}")
     print(f"{chosen.images} images an arm, {sum(minutes):.0f} minutes in all", flush=True)
+    if args.ray is not None:                                       # what fails there is met again, and told, by the sweep
+        cluster.fill([(plan.bench, plan.work, plan.around) for plan in plans], args.ray or None, timed)
     return [line for plan in plans for line in sweep(plan, timed)]
 
 
 class Plan:
-    """What is measured on one model: `work`, and whether the `curve` of fewer steps is. `refused` is what does not work."""
+    """What is measured on one model: `work`, and with `around` what it stands beside, the curve of fewer steps and the
+    packages of others. `refused` is what does not work."""
 
-    def __init__(self, bench: Bench, wanted: list[Work], curve: bool):
-        self.bench, self.curve = bench, curve and bool(bench.task.curve)
+    def __init__(self, bench: Bench, wanted: list[Work], around: bool):
+        self.bench, self.around = bench, around and bool(bench.task.curve)
         reasons = [(slug, config, bench.refusal(slug, config)) for slug, config in wanted]
         self.work = [(slug, config) for slug, config, reason in reasons if reason is None]
         self.refused = {slug: reason for slug, _, reason in reasons if reason is not None}
@@ -69,17 +73,17 @@ def sweep(plan: Plan, timed: bool) -> list[str]:
         if timed:
             records.write(slug, [record])
         show(record, slug)
-    if plan.curve:
+    for part, measure in (("plain", bench.baseline), ("peers", bench.peers)) if plan.around else ():
         try:
-            baseline = bench.baseline(timed)
+            found = measure(timed)
         except Exception as error:
             traceback.print_exc()
-            failed.append(f"fewer steps on {bench.task.model}: {error}")
-        else:
-            if timed:
-                records.write_baseline(bench.task.model, {"plain": baseline})
-            for arm in baseline["curve"]:
-                print(f"{bench.task.model}, {arm['steps']} steps: {json.dumps(records.rounded(arm))}", flush=True)
+            failed.append(f"{part} of {bench.task.model}: {error}")
+            continue
+        if timed:
+            records.write_baseline(bench.task.model, {part: found})
+        for run in found.get("curve", found.get("runs")):
+            print(f"{bench.task.model}, {part}: {json.dumps(records.rounded(run))}", flush=True)
     return failed + bench.run(plan.work, keep, timed)
 
 
@@ -124,6 +128,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", nargs="+", choices=TASKS, metavar="MODEL", help=f"only these of {', '.join(TASKS)}")
     parser.add_argument("--suite", choices=("quick", "paper"), help="default: quick, unless another measurement is named")
     parser.add_argument("--images", type=int, help="images an arm, in place of the suite's")
+    parser.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help="compute the cells of the suite on this Ray "
+                        "cluster, or on one started here, that shares this folder")
     parser.add_argument("--untimed", action="store_true", help="only images, MACs and memory; writes no results")
     parser.add_argument("--realistic", action="store_true")
     parser.add_argument("--overhead", action="store_true")

@@ -5,8 +5,7 @@ The bound of a speed-up is plain MACs / method MACs. Official packages that are 
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -27,6 +26,7 @@ from torch import Tensor
 from accel_tools.arms import Arm
 from accel_tools.cells import Cells
 from accel_tools.macs import count_macs
+from accel_tools.peers import deepcache, tomesd
 from accel_tools.records import code_hash_of, hardware, provenance
 from accel_tools.timing import breakdown, compare, interleave
 from methods._zoo.pixel_vae import PixelVAE
@@ -88,30 +88,6 @@ def latents(pipe: Any, steps: int, pixels: int | None = None) -> Tensor:
         return pipe(prompt_embeds=text, num_inference_steps=steps, guidance_scale=1.0, generator=random,
                     height=pixels, width=pixels, output_type="latent").images
     return torch.from_numpy(pipe([1], num_inference_steps=steps, guidance_scale=4.0, generator=random, output_type="np").images)
-
-
-@contextmanager
-def tomesd(pipe: Any, ratio: float, random: bool) -> Iterator[None]:
-    """The official ToMe package on a pipeline."""
-    from tomesd import apply_patch, remove_patch
-    apply_patch(pipe, ratio=ratio, use_rand=random)
-    try:
-        yield
-    finally:
-        remove_patch(pipe)
-
-
-@contextmanager
-def deepcache(pipe: Any, interval: int) -> Iterator[None]:
-    """The official DeepCache package on a pipeline."""
-    from DeepCache import DeepCacheSDHelper
-    helper = DeepCacheSDHelper(pipe=pipe)
-    helper.set_params(cache_interval=interval, cache_branch_id=0)
-    helper.enable()
-    try:
-        yield
-    finally:
-        helper.disable()
 
 
 @dataclass(frozen=True)

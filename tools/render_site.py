@@ -25,7 +25,9 @@ from accel_tools.catalog import ROOT, Catalog, CatalogError, load
 from accel_tools.code_hash import Source
 from accel_tools.export import as_bib, as_csv, as_json, bib_entry
 from accel_tools.markdown_text import code, fence, md, number, prose
+from accel_tools.measured import Measured, Run, measured, models
 from accel_tools.method_source import ModuleSource, parse
+from accel_tools.plots import figures
 from accel_tools.render_readme import SOURCE, write
 from accel_tools.rows import fields, link
 from accel_tools.schema import TAG_AXES, Entry, Paper
@@ -34,11 +36,14 @@ AXES = (*TAG_AXES, "model", "kind")                       # axes that have a pag
 FAMILIES = ("unet", "dit", "pixart", "sd3", "flux", "latte", "cogvideox")     # models of this repository
 ARMS = {"plain": "Unaccelerated", "fewer_steps": "Fewer steps, equal cost"}
 METRICS = {                                               # key in an arm of a result -> column, how to print it
-    "steps": ("Steps", "plain"), "latency_s": ("Latency", "seconds"), "latency_spread": ("Spread", "plain"),
+    "steps": ("Steps", "plain"), "passes": ("Passes", "plain"),
+    "latency_s": ("Latency", "seconds"), "latency_spread": ("Spread", "plain"),
     "speedup": ("Speed-up", "times"), "speedup_spread": ("Spread of the ratio", "times"), "mac_bound": ("MAC bound", "times"),
     "overhead": ("Overhead", "percent"), "overhead_spread": ("Spread of the overhead", "percent"),
     "macs": ("MACs", "count"), "peak_bytes": ("Peak memory", "bytes"), "cached_bytes": ("Cached", "bytes"),
     "psnr": ("PSNR (dB)", "plain"), "ssim": ("SSIM", "plain"), "label_accuracy": ("Label accuracy", "plain"),
+    "retrieval": ("Retrieval", "plain"), "retrieval_top1": ("Retrieval, first", "plain"),
+    "frame_agreement": ("Frame agreement", "plain"), "travel": ("Travel (pixels)", "plain"),
     "lowest_recall": ("Lowest recall", "plain"), "frechet": ("Fréchet distance", "plain"), "n": ("Images", "plain"),
 }
 
@@ -49,12 +54,15 @@ class Site:
     catalog: Catalog
     results: dict[str, dict] = field(default_factory=dict)              # slug -> catalog/results/<slug>.json
     compatibility: dict[str, dict] | None = None                        # slug -> family -> {works, reason}
+    pairs: dict[str, dict[str, dict]] = field(default_factory=dict)     # slug -> slug -> family -> True, or the reason why not
     methods: dict[str, ModuleSource] = field(default_factory=dict)
     kernels: dict[str, ModuleSource] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)                # slug -> hash of its code as it is now
     uses: dict[str, list[str]] = field(default_factory=dict)            # slug -> kernels reached by its imports
     samples: bool = False                                               # site/assets/samples.png is there
+    pictures: frozenset[str] = frozenset()                              # bundled models with site/assets/models/<name>.png
     zoo: dict[str, dict] = field(default_factory=dict)                  # bundled model -> its card
+    baselines: dict[str, dict] = field(default_factory=dict)            # model -> catalog/baselines/<model>.json
 
 
 def read(root: Path = ROOT) -> Site:
@@ -66,17 +74,21 @@ def read(root: Path = ROOT) -> Site:
     uses = {slug: [name for name, file in kernels.items() if file in set(source.closure(path))]
             for slug, path in modules.items()}
     results = {path.stem: _json(path) for path in sorted((root / "catalog/results").glob("*.json"))}
-    compatibility = root / "catalog/compatibility.json"
+    compatibility, pairs = root / "catalog/compatibility.json", root / "catalog/pairs.json"
     return Site(
         catalog=catalog,
         results={slug: result for slug, result in results.items() if slug in catalog.entries},
         compatibility=_json(compatibility) if compatibility.exists() else None,
+        pairs=_json(pairs) if pairs.exists() else {},
         methods={slug: parse(path.read_text(encoding="utf-8")) for slug, path in modules.items()},
         kernels={name: parse(path.read_text(encoding="utf-8")) for name, path in kernels.items()},
         hashes={slug: source.code_hash(slug) for slug in modules},
         uses=uses,
         samples=(root / "site/assets/samples.png").exists(),
-        zoo={path.stem: _json(path) for path in sorted((root / "methods/_zoo").glob("*.json"))},
+        pictures=frozenset(path.stem for path in (root / "site/assets/models").glob("*.png")),
+        zoo={path.stem: _json(path) for path in sorted((root / "methods/_zoo").glob("*.json"))
+             if path.with_suffix(".safetensors").exists()},
+        baselines={path.stem: _json(path) for path in sorted((root / "catalog/baselines").glob("*.json"))},
     )
 
 
@@ -102,9 +114,11 @@ def pages(site: Site) -> dict[str, str]:
     add("methods/index.md", "methods.md.j2", entries=by_date, facets=_facets(catalog))
     for slug, entry in entries.items():
         add(f"methods/{slug}.md", "method.md.j2", entry=entry, paper=entry.papers[0], code=site.methods.get(slug),
-            related=_related(catalog, entry), successors=[e for e in entries.values() if slug in e.builds_on],
+            related=_related(catalog, entry), plots=_plots(site, slug),
+            successors=[e for e in entries.values() if slug in e.builds_on],
             measured=_measured(site, entry), tested=_tested(site, slug))
     add("models.md", "models.md.j2", families=[_family(site, name) for name in FAMILIES])
+    add("stacking.md", "stacking.md.j2", stacking=_stacking(site))
     add("tags/index.md", "tags.md.j2", tagged=tagged, axes=AXES)
     for (axis, term), groups in tagged.items():
         add(f"tags/{axis}/{term}.md", "tag.md.j2", axis=axis, term=term, groups=groups)
@@ -117,6 +131,8 @@ def pages(site: Site) -> dict[str, str]:
     add("kernels/index.md", "kernels.md.j2", users=users)
     for name, module in site.kernels.items():
         add(f"kernels/{name}.md", "kernel.md.j2", name=name, module=module, users=users[name])
+    add("measured.md", "measured.md.j2", tables=[
+        _table(site, model) for model in sorted(models(site.results, site.baselines), key=lambda model: model not in site.zoo)])
     add("zoo.md", "zoo.md.j2", curves={name: _curve(card["loss"]) for name, card in site.zoo.items()})
     add("corrections.md", "corrections.md.j2", errata=errata)
     add("download.md", "download.md.j2", errata=errata, sizes={name: len(found[name].encode()) for name in found
@@ -257,11 +273,55 @@ def _tested(site: Site, slug: str) -> dict[str, dict]:
     return {family: result for family, result in (site.compatibility or {}).get(slug, {}).items() if family in FAMILIES}
 
 
+def _stacking(site: Site) -> dict:
+    """The table of pairs: names of the columns, a row for each method with a cell for each column, and reasons with pairs."""
+    verdicts = {pair: found for a, row in site.pairs.items() for b, found in row.items() for pair in ((a, b), (b, a))}
+    slugs = sorted({slug for pair in verdicts for slug in pair})
+    names = {slug: site.catalog.entries[slug].name for slug in slugs}
+    reasons: dict[str, list[str]] = {}
+    for (a, b), found in verdicts.items():
+        if a < b and (refused := [reason for reason in found.values() if reason is not True]):
+            reason = re.sub(r" of the same \w+", " of the same module", refused[0].partition("cannot stack: ")[2] or refused[0])
+            reasons.setdefault(reason, []).append(f"{names[a]} and {names[b]}")
+
+    def cell(a: str, b: str) -> dict[str, int] | None:
+        found = verdicts.get((a, b))
+        return found and {"works": sum(each is True for each in found.values()), "tried": len(found)}
+    return {"names": list(names.values()), "reasons": reasons,
+            "rows": [{"slug": a, "name": names[a], "cells": [cell(a, b) for b in slugs]} for a in slugs]}
+
+
 def _best(site: Site, slug: str, model: str) -> dict:
     """The fastest measured run of a method on a model: the numbers of its arm, or nothing."""
     arms = [record["arms"].get("method", {}) for record in site.results.get(slug, {}).get("records", [])
             if record.get("model") == model]
     return max(arms, key=lambda arm: arm.get("speedup", 0), default={})
+
+
+def _gathered(site: Site, model: str, results: dict[str, dict]) -> Measured:
+    names = {slug: entry.name for slug, entry in site.catalog.entries.items()}
+    return measured(model, results, site.baselines.get(model), names, site.hashes)
+
+
+def _table(site: Site, model: str) -> dict:
+    """All measurements of one model: its plots, and the columns and rows of its table."""
+    found = _gathered(site, model, site.results)
+    keys = [key for key in METRICS if key != "latency_s" and not key.endswith("_spread")
+            and any(_cell(run, key) is not None for run in found.runs)]
+    return {"model": model, "found": found, "plots": list(figures(found).values()), "runs": [
+        (run, [number(_cell(run, key), METRICS[key][1]) for key in keys]) for run in found.runs],
+        "columns": [METRICS[key][0] for key in keys]}
+
+
+def _cell(run: Run, key: str) -> object:
+    return run.bound if key == "mac_bound" else run.arm.get(key)
+
+
+def _plots(site: Site, slug: str) -> dict[str, list[str]]:
+    """A method's place among the plain runs and the packages of others: model -> quality against speed, and the MAC bound."""
+    own = {slug: site.results[slug]} if slug in site.results else {}
+    made = {model: figures(_gathered(site, model, own)) for model in models(own)}
+    return {model: [plot for name, plot in plots.items() if name != "memory"] for model, plots in made.items() if plots}
 
 
 def _measured(site: Site, entry: Entry) -> list[dict]:
@@ -309,6 +369,13 @@ def _url(page: str, target: str) -> str:
     return posixpath.relpath(folder(target) or ".", folder(page) or ".") + "/"
 
 
+def _listed(value: object) -> str:
+    """A figure of a model's card: one value, a list, or one for each class."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {share}" for name, share in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _render(site: Site, path: str, template: str, **context) -> str:
     known = {"site": site, "catalog": site.catalog, "vocab": site.catalog.vocab, "entries": site.catalog.entries,
              "to": partial(_to, path), "url": partial(_url, path)}
@@ -322,7 +389,8 @@ _env = jinja2.Environment(
 _env.filters |= {"md": md, "code": code, "prose": prose, "fence": fence, "link": link,
                  "json": partial(json.dumps, ensure_ascii=False)}
 _env.globals |= {"AXES": AXES, "TAG_AXES": TAG_AXES, "SOURCE": SOURCE, "terms": terms, "with_parents": with_parents,
-                 "bibtex": bibtex, "number": number, "distinct": _distinct}
+                 "bibtex": bibtex, "number": number, "distinct": _distinct,
+                 "listed": _listed}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,129 +1,137 @@
-"""Run the bundled model plain and with every method that works on it, and show what each costs and saves.
+"""Run the bundled models plain, with fewer steps and with the methods, and show what each costs and saves.
 
-`python tools/report.py` writes `build/report/index.html`: a picture of each run side by side, and a table with the
-fewer-steps run of equal cost under every method; and `build/report/samples.png`, the same digits by each method, which the
-site shows as `site/assets/samples.png`. An unchanged tree keeps its report.
+`python tools/report.py` writes `build/report/index.html`, one page with pictures side by side, a plot and a table for each
+model, and `build/report/samples.png`, the digits of the first model by each method, which the site shows as
+`site/assets/samples.png`. Each method runs on one model, if it can on the one its paper is about. An unchanged tree keeps its
+report, and a changed one measures only what changed anew; the bench measures with more images and more care.
 """
 from __future__ import annotations
 
 import argparse
-import base64
+import dataclasses
 import hashlib
-import io
 import json
 import sys
-from functools import partial
+import time
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
-import methods
-from accel_tools.arms import Arm, sample
-from accel_tools.macs import count_macs, equal_cost_steps
-from accel_tools.quality import psnr, quality, ssim
+from accel_tools.arms import Arm
+from accel_tools.catalog import ROOT, Catalog, load
+from accel_tools.cells import Cells
+from accel_tools.measured import SCORES, Measured, Run, allowed
+from accel_tools.pictures import address, frames, named, row, strip
+from accel_tools.plots import figures
 from accel_tools.render_readme import write
-from accel_tools.sweep import CONFIGS
-from accel_tools.timing import compare, interleave
+from accel_tools.render_site import with_parents
+from accel_tools.sweep import Bench, Suite, Work, work
+from accel_tools.tasks import TASKS, bundled
 
-ROOT = Path(__file__).parents[1]
 OUT = ROOT / "build/report"
-STEPS, GUIDANCE, ROWS, ROUNDS = 20, 2.0, 2, 3
-DIGITS = list(range(10)) * ROWS
-ARMS: dict[str, dict] = {}                                 # the first configuration the bench has for each method
-for _slug, _config in CONFIGS["dit"]:
-    ARMS.setdefault(_slug, _config)
+SUITE = Suite("report", images=8, rounds=3, seeds=(0,))
+CURVE = (10, 5)                                            # fewer steps that the plain model also takes
 
 
 def state_of_the_code() -> str:
     """A hash of everything the report depends on."""
-    files = [path for folder in ("methods", "kernels", "tools") for path in sorted((ROOT / folder).rglob("*"))
-             if path.suffix in (".py", ".safetensors", ".j2") and path.is_file()]
+    folders = ("methods", "kernels", "tools", "catalog/entries")
+    files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*"))
+             if path.suffix in (".py", ".safetensors", ".j2", ".yaml") and path.is_file()]
     digest = hashlib.sha256(torch.__version__.encode())
     for path in files:
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
 
-def measure(pipe, arm: Arm) -> tuple[dict, Tensor]:
-    """One arm: MACs an image, what the patch says it did, the judge's verdict, and the images."""
-    with arm.applied(pipe) as patch:
-        macs = count_macs(lambda: sample(pipe, arm.steps, [0], guidance=GUIDANCE))
-        images = sample(pipe, arm.steps, DIGITS, guidance=GUIDANCE, batch=10)
-        report = patch.report() if patch else {}
-    return {"steps": arm.steps, "config": arm.config, "macs": macs, "report": report,
-            "quality": quality(images, torch.tensor(DIGITS))}, images
+def homes(catalog: Catalog, benches: dict[str, Bench]) -> dict[str, list[Work]]:
+    """Model -> the methods shown on it, each with the first config measured there.
+
+    A method goes where its paper's models lead, else where its entry has it measured, else to the first model that takes it.
+    """
+    found: dict[str, list[Work]] = {model: [] for model in benches}
+    for slug, entry in catalog.entries.items():
+        papers = [term.replace("-", "_") for term in with_parents(catalog, "model", entry.models)]
+        for model in dict.fromkeys([*papers, *entry.bench, *benches]):
+            first = work(catalog, model, [slug])[:1] if model in benches else []
+            if first and benches[model].refusal(*first[0]) is None:
+                found[model] += first
+                break
+    return found
 
 
-def grid(images: Tensor) -> Image.Image:
-    """Images (n, 1, H, W) in [0, 1] at twice their size in ten columns."""
-    n, _, height, width = images.shape
-    pixels = images.reshape(n // 10, 10, height, width).transpose(1, 2).reshape(n // 10 * height, 10 * width)
-    return Image.fromarray((pixels * 255).round().byte().numpy()).resize((10 * width * 2, n // 10 * height * 2), 0)
+def measure(bench: Bench, methods: list[Work], names: dict[str, str]) -> dict[str, Any]:
+    """What the page shows of one model: its runs with their pictures, the plots, and what failed."""
+    task, failed = bench.task, []
+    arms: dict[str, tuple[Run, Arm]] = {}
+    plain = task.plain(methods[0][0] if methods else None)
+    arms["plain"] = Run("plain", "plain", {}), plain
+    arms |= {f"{steps}": (Run("fewer", f"{steps} steps", {}), Arm(steps)) for steps in task.curve}
+    arms |= {slug: (Run("method", names[slug], {}, config, slug), Arm(task.steps, slug, config)) for slug, config in methods}
+    for name, (run, arm) in list(arms.items()):
+        print(f"  {run.name}", flush=True)
+        try:
+            bench.images(arm, 0), bench.macs(arm)
+        except Exception as error:                                  # its traceback is among the cells
+            failed.append(f"{run.name}: {error}".splitlines()[0])
+            del arms[name]
+    print(f"  timing {len(arms)} runs in turn, {bench.suite.rounds} rounds", flush=True)
+    seconds = bench.seconds({name: arm for name, (_, arm) in arms.items()})
+    runs = []
+    for name, (run, arm) in arms.items():
+        numbers = {**bench.length(arm), "macs": bench.macs(arm), **bench.quality(arm, plain), **seconds[name]}
+        runs.append(dataclasses.replace(run, arm=numbers, bound=allowed({"macs": bench.macs(plain)}, numbers)))
+    found = Measured(task.model, runs, tuple(runs[0].arm["speedup_spread"]))
+    plots, wanted = figures(found), ("pareto-psnr", "bound") if task.paired else (f"pareto-{task.score}",)
+    return {"model": task.model, "title": TASKS[task.model].title, "runs": runs, "failed": failed, "score": SCORES[task.score].lower(), "key": task.score,
+            "plots": [plots[name] for name in plots if name in wanted], "no_fewer": task.no_fewer_steps,
+            "pictures": [pictures(bench, arm) for _, arm in arms.values()], "asked": bench.prompts(0),
+            "rows": {run.name: bench.images(arm, 0) for run, arm in arms.values() if run.kind != "fewer"}}
 
 
-def address(image: Image.Image) -> str:
-    """A PNG as a data address, so that the page is one file."""
-    png = io.BytesIO()
-    image.save(png, "PNG")
-    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-
-
-def strip(rows: dict[str, Image.Image]) -> Image.Image:
-    """One named row of digits for each run."""
-    width, height = next(iter(rows.values())).size
-    whole = Image.new("L", (width + 110, height * len(rows)), 255)
-    for i, (name, row) in enumerate(rows.items()):
-        whole.paste(row, (110, i * height))
-        ImageDraw.Draw(whole).text((8, i * height + height // 3), name, fill=0, font=ImageFont.load_default(size=18))
-    return whole
+def pictures(bench: Bench, arm: Arm) -> dict[str, str]:
+    """Addresses of an arm's images, `moving` and `still` where they are clips."""
+    images = bench.images(arm, 0)
+    if images.ndim == 4:
+        return {"still": address(row(images))}
+    return {"moving": address(*frames(images)), "still": address(strip(images))}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--force", action="store_true", help="measure again although nothing changed")
+    parser.add_argument("--model", nargs="+", choices=TASKS, default=bundled(), metavar="MODEL", help="only these")
     args = parser.parse_args(argv)
-    key, stamp = state_of_the_code(), OUT / "state"
+    key, stamp = state_of_the_code() + " ".join(args.model), OUT / "state"
     if not args.force and stamp.exists() and stamp.read_text() == key:
         print(f"{OUT / 'index.html'} is up to date")
         return 0
-    pipe = methods.tiny("dit")
-    print(f"generating {len(DIGITS)} digits in {STEPS} steps, plain and with {len(ARMS)} methods", flush=True)
-    sample(pipe, 2, [0], guidance=GUIDANCE)                                    # first calls are slow
-    plain, base = measure(pipe, Arm(STEPS))
-    plain |= {"name": "plain", "picture": address(grid(base))}
-    rows, fewer, first, arms = [plain], {}, {"plain": grid(base[:10])}, {"plain": Arm(STEPS)}
-    for number, (slug, config) in enumerate(ARMS.items(), 1):
-        print(f"  {number}/{len(ARMS)} {slug}", flush=True)
-        arm = Arm(STEPS, slug, config)
-        row, images = measure(pipe, arm)
-        first[slug] = grid(images[:10])
-        steps = equal_cost_steps(row["macs"], plain["macs"], STEPS)
-        arms |= {slug: arm, f"plain, {steps} steps": Arm(steps)}
-        if steps not in fewer:
-            fewer[steps] = measure(pipe, Arm(steps))
-        for each, what in ((row, slug), (dict(fewer[steps][0]), f"plain, {steps} steps")):
-            shown = images if each is row else fewer[steps][1]
-            rows.append(each | {"name": what, "picture": address(grid(shown)),
-                                "psnr": psnr(shown, base), "ssim": ssim(shown, base)})
-    print(f"timing {len(arms)} runs in turn, {ROUNDS} rounds", flush=True)
-    seconds = interleave({name: partial(sample, pipe, arm.steps, [3, 8], guidance=GUIDANCE) for name, arm in arms.items()},
-                         ROUNDS, {name: partial(arm.applied, pipe) for name, arm in arms.items()})
-    rows = [row | compare(seconds["plain"], seconds[row["name"]]) for row in rows]
+    start, catalog, cells = time.monotonic(), load(), Cells(OUT / "cells")
+    if args.force:
+        for path in cells.folder.glob("*"):
+            path.unlink()
+    benches = {}
+    for model in args.model:
+        task = TASKS[model]
+        benches[model] = Bench(dataclasses.replace(task, timed=1, curve=CURVE if task.curve else ()), SUITE, cells)
+    sections, names = [], {slug: entry.name for slug, entry in catalog.entries.items()}
+    for model, methods in homes(catalog, benches).items():
+        print(f"{model}: {len(methods)} methods", flush=True)
+        if methods or benches[model].task.curve:
+            sections.append(measure(benches[model], methods, names))
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    card = methods.card("dit")
     page = environment.get_template("report.html.j2").render(
-        rows=rows, card=card, guidance=GUIDANCE, threads=torch.get_num_threads(), torch=torch.__version__, n=len(DIGITS),
-        rounds=ROUNDS)
-    OUT.mkdir(parents=True, exist_ok=True)
-    strip(first).save(OUT / "samples.png", optimize=True)
+        sections=sections, threads=torch.get_num_threads(), torch=torch.__version__, suite=SUITE)
     write(OUT / "index.html", page)
-    write(OUT / "report.json", json.dumps([{k: v for k, v in row.items() if k != "picture"} for row in rows], indent=1))
+    if sections:
+        named({name: row(images) for name, images in sections[0]["rows"].items()}).save(OUT / "samples.png", optimize=True)
+    write(OUT / "report.json", json.dumps({each["model"]: [{"name": run.label, **run.arm} for run in each["runs"]]
+                                           for each in sections}, indent=1))
     write(stamp, key)
-    print(f"wrote {OUT / 'index.html'}")
+    print(f"wrote {OUT / 'index.html'} after {time.monotonic() - start:.0f} seconds")
     return 0
 
 

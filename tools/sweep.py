@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +18,7 @@ from accel_tools.catalog import Catalog
 from accel_tools.cells import Cells
 from accel_tools.macs import count_macs, equal_cost_steps
 from accel_tools.memory import in_fresh_process, peak_allocated, peak_resident
+from accel_tools.peers import installed
 from accel_tools.quality import psnr, ssim
 from accel_tools.records import code_hash_of, hardware, provenance
 from accel_tools.tasks import TASKS, Task
@@ -96,6 +98,17 @@ class Bench:
         fewer = equal_cost_steps(self.macs(method), self.macs(plain), plain.steps)
         return {"plain": plain, "fewer_steps": Arm(fewer), "method": method}
 
+    def compared(self, work: Iterable[Work], around: bool = True) -> list[dict[str, Arm]]:
+        """The arms of every table of `work`, and with `around` those of the curve of fewer steps. A method that fails to
+        run is left out; the sweep will meet it again and record it."""
+        tables = [{"plain": self.plain} | {str(steps): Arm(steps) for steps in self.task.curve}] if around else []
+        for slug, config in work:
+            try:
+                tables.append(self.arms(Arm(self.task.steps, slug, config)))
+            except Exception:
+                continue
+        return tables
+
     def images_identity(self, arm: Arm, seed: int) -> dict[str, Any]:
         n, first = self.suite.share(seed)
         return self.identity("images", arm, seed=seed, n=n, first=first, batch=self.task.batch)
@@ -150,9 +163,19 @@ class Bench:
         """All that is known of an arm without a clock, and its patch's report."""
         memory = self.memory(arm)
         report = memory.pop("report")
-        steps = {"steps": arm.steps} if arm.steps else {"passes": report["passes"]}
-        return {**steps, "macs": self.macs(arm), **memory, "cached_bytes": report.get("cached_bytes", 0),
+        return {**self.length(arm), "macs": self.macs(arm), **memory, "cached_bytes": report.get("cached_bytes", 0),
                 **self.quality(arm, plain)}, report
+
+    def length(self, arm: Arm) -> dict[str, int]:
+        """The steps of an arm, or the passes through the model that a decoder takes for the images that are timed."""
+        if arm.steps:
+            return {"steps": arm.steps}
+
+        def count() -> int:
+            with arm.applied(self.pipe) as decoder:
+                self.task.sample(self.pipe, None, self.task.prompts(self.task.timed))
+                return decoder.report()["passes"]
+        return {"passes": self.cells.numbers(self.identity("passes", arm, images=self.task.timed), count)}
 
     def settings(self) -> dict[str, Any]:
         """How much was measured, and how the model was run."""
@@ -175,29 +198,42 @@ class Bench:
 
     def baseline(self, timed: bool = True) -> dict[str, Any]:
         """The plain run and the same with fewer steps, one after the other along the task's curve."""
-        arms = {"plain": self.plain} | {str(steps): Arm(steps) for steps in self.task.curve}
+        arms, = self.compared([])
         speed = self.seconds(arms) if timed else {}
         curve = [self.arm(arm, self.plain)[0] | speed.get(name, {}) for name, arm in arms.items()]
         return {"suite": self.settings(), "score": self.task.score, "curve": curve,
                 "real_vs_real": self.task.real_frechet(self.suite.images), **provenance()}
 
-    def estimate(self, work: Iterable[Work], timed: bool = True) -> float:
-        """Seconds the missing cells will take, from the MACs of each and the rate of one short plain run just made."""
+    def peers(self, timed: bool = True) -> dict[str, Any]:
+        """The packages of others that are installed, each beside the plain run, or what it raised."""
+        runs = []
+        for arm in installed(self.task.steps):
+            run = {"package": arm.peer, "version": arm.version, "config": arm.config}
+            try:
+                found, _ = self.arm(arm, self.plain)
+                found.pop("cached_bytes")                          # no package says how much it keeps
+                if found["psnr"] == math.inf:
+                    raise ValueError("it runs and changes nothing")
+                speed = self.seconds({"plain": self.plain, "peer": arm})["peer"] if timed else {}
+                runs.append(run | {"arm": found | speed})
+            except Exception as error:
+                runs.append(run | {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
+            self.pipe = self.task.load()
+        return {"suite": self.settings(), "runs": runs, **provenance()}
+
+    def estimate(self, work: Iterable[Work], timed: bool = True, around: bool = False) -> float:
+        """Seconds that the missing cells of `compared(work, around)` will take, from the MACs of each and the rate of one
+        short plain run just made."""
         prompts = self.task.prompts(self.task.timed)
         rate, total, seen = 0.0, 0.0, set()
-        for slug, config in work:
-            try:
-                arms = self.arms(Arm(self.task.steps, slug, config))
-                rate = rate or self.rate(arms["plain"])
-                costs = {name: self.macs(arm) for name, arm in arms.items()}
-            except Exception:                                      # the sweep will meet it again and record it
-                continue
-            for name, arm in arms.items():
-                total += timed * rate * costs[name] * len(prompts) * (self.suite.rounds + 1)
+        for arms in self.compared(work, around):
+            rate = rate or self.rate(arms["plain"])
+            for arm in arms.values():
+                total += timed * rate * self.macs(arm) * len(prompts) * (self.suite.rounds + 1)
                 for seed in self.suite.seeds:
                     identity = self.images_identity(arm, seed)
                     if (key := json.dumps(identity)) not in seen and not self.cells.has(identity):
-                        total += rate * costs[name] * identity["n"]
+                        total += rate * self.macs(arm) * identity["n"]
                     seen.add(key)
         return total
 

@@ -26,13 +26,14 @@ from methods._zoo import MODELS, card, text
 
 @dataclass(frozen=True)
 class Task:
-    """One bundled model, and how it is run where nothing else is said.
+    """One bundled model, what it draws in words, and how it is run where nothing else is said.
 
     `steps` of the sampler and `curve`, the fewer steps it is also measured with; `batch` of a set of images and `timed`,
     the number of images in a run that is timed; `score` is the key of its quality that a table leads with.
     """
 
     model: str
+    title: str
     steps: int | None = 20
     guidance: float = 2.0
     batch: int = 50
@@ -40,6 +41,7 @@ class Task:
     curve: tuple[int, ...] = (15, 10, 7, 5)
     score: str = "label_accuracy"
     kinds: tuple[str, ...] = ("patch",)           # of method that can work on it
+    settings: tuple[tuple[str, Any], ...] = ()    # of the pipeline's call; text lengths, whose defaults suit large models
     paired = True                                 # an accelerated image resembles the plain one of its seed
     no_fewer_steps = ""                           # why there is no run with fewer steps, where there is none
 
@@ -65,7 +67,7 @@ class Task:
 
     def draw(self, pipe: Any, steps: int | None, prompts: Sequence[Any], *, seed: int, first: int, guidance: float) -> Tensor:
         """One batch of a set, in which it begins at number `first`; depends on nothing drawn before it."""
-        return sample_batch(pipe, steps, prompts, seed=seed, first=first, guidance=guidance)
+        return sample_batch(pipe, steps, prompts, seed=seed, first=first, guidance=guidance, **dict(self.settings))
 
     def sample(self, pipe: Any, steps: int | None, prompts: Sequence[Any], *, seed: int = 0, guidance: float | None = None,
                batch: int | None = None) -> Tensor:
@@ -115,9 +117,6 @@ class DigitClips(Task):
 
     def real_frechet(self, n):
         return quality.real_frechet_of_card("video_judge")
-
-    def draw(self, pipe, steps, prompts, *, seed, first, guidance):
-        return sample_batch(pipe, steps, prompts, seed=seed, first=first, guidance=guidance, max_sequence_length=text.SHORT)
 
 
 class DigitTokens(DigitImages):
@@ -189,11 +188,11 @@ def cycled(every: Sequence[str], n: int, first: int) -> list[str]:
 
 
 TASKS: dict[str, Task] = {
-    "dit": DigitImages("dit"),
-    "unet": EmojiImages("unet", guidance=3.0, score="retrieval"),
-    "mmdit": EmojiImages("mmdit", guidance=3.0, score="retrieval"),
-    "video_dit": DigitClips("video_dit", guidance=3.0, batch=10, timed=2),
-    "ar": DigitTokens("ar", steps=None, guidance=3.0, curve=(), kinds=("decoder",)),
+    "dit": DigitImages("dit", "Digits from a diffusion transformer"),
+    "unet": EmojiImages("unet", "Emoji from a UNet", guidance=3.0, score="retrieval"),
+    "mmdit": EmojiImages("mmdit", "Emoji from a two-stream transformer", guidance=3.0, score="retrieval"),
+    "video_dit": DigitClips("video_dit", "Moving digits from a video transformer", guidance=3.0, batch=10, timed=2),
+    "ar": DigitTokens("ar", "Digits token by token", steps=None, curve=(), kinds=("decoder",)),
 }
 
 

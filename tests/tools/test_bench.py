@@ -1,42 +1,33 @@
 """The bench: what it measures by worked values, what survives a kill or a failure, and that a record is complete."""
 import json
 import math
+from contextlib import nullcontext
+from importlib.metadata import version
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from untrained import UNTRAINED, JointEmoji
 
-from accel_tools import bench, catalog_bench, realistic, records, sweep
+from accel_tools import bench, catalog_bench, peers, realistic, records, sweep
 from accel_tools.arms import Arm, sample_batch
-from accel_tools.catalog import load
+from accel_tools.catalog import ROOT, load
 from accel_tools.cells import Cells
-from accel_tools.kernel_bench import problems
+from accel_tools.kernel_bench import Roofline, measure, problems
+from accel_tools.kernel_bench import work as work_of
 from accel_tools.memory import in_fresh_process, peak_allocated, peak_resident
+from accel_tools.peers import Peer
 from accel_tools.quality import psnr, quality, ssim
 from accel_tools.sweep import Bench, Suite, work
-from accel_tools.tasks import DigitImages, Task
+from accel_tools.tasks import Task
 from accel_tools.timing import breakdown, compare, interleave
-from methods._zoo.pixel_vae import PixelVAE
+from methods import fora
 
 SMALL = Suite("small", images=6, rounds=2)
 ARM_KEYS = {"steps", "latency_s", "latency_spread", "speedup", "macs", "peak_bytes", "cached_bytes", "label_accuracy",
             "recall", "frechet", "n"}
 
 
-class Untrained(DigitImages):
-    """The task of the digit DiT on a smaller one with random weights; the real digits are out of reach."""
-
-    def load(self):
-        torch.manual_seed(0)
-        model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=16, in_channels=1, out_channels=1, num_layers=2,
-                                      sample_size=32, patch_size=4, num_embeds_ada_norm=1000)
-        return DiTPipeline(model.eval(), PixelVAE(), DDIMScheduler())
-
-    def real_frechet(self, n):
-        return {"frechet": 1.0, "n": n}
-
-
-TASK = Untrained("dit", steps=4, timed=1, curve=(2, 1))
+TASK = UNTRAINED["dit"]
 
 
 @pytest.fixture
@@ -226,7 +217,7 @@ def test_the_entries_say_which_configs_are_measured(toy, edit):
 
 
 def test_a_refusal_is_told_and_is_no_failure(make):
-    plan = bench.Plan(make(), [("deepcache", {}), ("fora", {"interval": 2})], curve=True)
+    plan = bench.Plan(make(), [("deepcache", {}), ("fora", {"interval": 2})], around=True)
     assert plan.work == [("fora", {"interval": 2})] and "no UNet stages" in plan.refused["deepcache"]
 
 
@@ -240,14 +231,28 @@ def test_the_curve_of_fewer_steps_starts_at_the_plain_run(make, tmp_path):
     assert written["model"] == "dit" and written["peers"] == [] and len(written["plain"]["curve"]) == 3
 
 
+def test_a_package_that_breaks_says_how_and_the_next_is_measured(make, monkeypatch):
+    def breaks(pipe):
+        pipe.transformer.pos_embed = None
+        raise TypeError("not made for this\nat all")
+
+    monkeypatch.setattr(peers, "PEERS", {
+        "broken": Peer("torch", breaks), "absent": Peer("no-such-thing", breaks),
+        "idle": Peer("torch", lambda pipe: nullcontext()),
+        "half": Peer("torch", lambda pipe, **config: fora.apply(pipe, fora.Config(**config)), {"interval": 2})})
+    broken, idle, half = make().peers()["runs"]
+    assert broken["error"] == "TypeError: not made for this" and "arm" not in broken
+    assert idle["error"] == "ValueError: it runs and changes nothing"
+    assert half["arm"]["psnr"] < math.inf and half["arm"]["speedup"] > 0 and half["version"] == version("torch")
+    assert half["config"] == {"interval": 2} and make().peers()["runs"][2] == half
+
+
 # ---- the command -------------------------------------------------------------------------------------------------------
 
 def test_models_are_swept_one_after_the_other(monkeypatch, tmp_path, capsys, make):
     """One breaks, the next is still measured; nothing is written by an untimed sweep."""
-    broken = Untrained("mmdit", steps=4, timed=1, curve=(1,))
-    monkeypatch.setattr(broken.__class__, "quality", lambda self, images, prompts: 1 / 0 if self.model == "mmdit" else
-                        DigitImages.quality(self, images, prompts))
-    monkeypatch.setattr(bench, "TASKS", {"mmdit": broken, "dit": TASK})
+    monkeypatch.setattr(JointEmoji, "quality", lambda self, images, prompts: 1 / 0)
+    monkeypatch.setattr(bench, "TASKS", UNTRAINED)
     monkeypatch.setattr(bench, "FOLDER", tmp_path / "cells")
     monkeypatch.setattr(records, "write", lambda *_: pytest.fail("an untimed sweep has no results"))
     monkeypatch.setattr(records, "write_baseline", lambda *_: pytest.fail("an untimed sweep has no results"))
@@ -270,6 +275,26 @@ def test_the_catalogue_tools_are_timed(monkeypatch, capsys):
     assert [json.loads(line)["entries"] for line in capsys.readouterr().out.splitlines()] == [52, 500, 5000]
 
 
-def test_kernel_problems_run():
-    for name, call in problems("cpu", torch.float32, tokens=64, channels=16, heads=2).items():
-        assert call("reference") is not None, name
+# ---- kernels -----------------------------------------------------------------------------------------------------------
+
+def test_every_kernel_has_a_problem():
+    covered = {problem.op.__module__ for problem in problems("cpu", torch.float32, tokens=64, channels=16, heads=2).values()}
+    assert covered == {f"accel_kernels.{path.stem}" for path in (ROOT / "kernels").glob("[a-z]*.py")}
+
+
+def test_a_roofline_is_the_slower_of_moving_and_computing():
+    limit = Roofline(bandwidth=100, flops=1000)
+    assert limit.seconds(moved=300, flops=1000) == 3 and limit.seconds(moved=100, flops=5000) == 5
+
+
+def test_bytes_and_flops_of_an_op_are_those_of_its_shapes():
+    """Two batches of 64 tokens of 16 channels: 48 sources, 16 destinations; a score and an index for each source."""
+    problem = problems("cpu", torch.float32, tokens=64, channels=16, heads=2)["cosine_match"]
+    moved, flops = work_of(problem, "reference")
+    assert moved == 4 * 2 * 64 * 16 + 8 * 64 + 2 * 48 * (4 + 8) and flops == 2 * 2 * 48 * 16 * 16
+
+
+def test_kernels_are_timed_beside_the_roofline():
+    rows = list(measure("cpu", ("reference",), tokens=64, channels=16, heads=2, elements=1 << 16, side=64))
+    assert len(rows) == 2 * len(problems("cpu", torch.float32, tokens=64, channels=16, heads=2))
+    assert all(row["of_roofline"] == pytest.approx(row["roofline"] / row["reference"]) for row in rows)

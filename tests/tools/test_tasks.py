@@ -5,14 +5,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import ChameleonConfig, ChameleonForConditionalGeneration
-from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
+from untrained import UNTRAINED
 
 from accel_tools import digits, quality, sweep, tasks
 from accel_tools.arms import Arm, sample
 from accel_tools.cells import Cells
 from accel_tools.sweep import Bench, Suite
-from accel_tools.tasks import TASKS, DigitClips, DigitTokens, EmojiImages
+from accel_tools.tasks import TASKS
 from methods import sjd
 
 NAMES = ["red square", "green square", "green again", "blue square", "yellow square", "cyan square", "white square"]
@@ -56,40 +55,6 @@ def squares(*colours):
     return (torch.tensor(colours, dtype=torch.float32)[:, :, None, None]).expand(-1, -1, 32, 32)
 
 
-class TinyTokens:
-    """An untrained image model of 16 tokens: ten grey levels that decode to 4x4 cells of 8 pixels."""
-
-    tokens = 16
-
-    def __init__(self):
-        torch.manual_seed(0)
-        names = {"<pad>": 0, "<s>": 1, "</s>": 2, "<image>": 3} | {f"IMGIMG{chr(ord('A') + i)}Z": 4 + i for i in range(10)}
-        vq = ChameleonVQVAEConfig(embed_dim=8, num_embeddings=10, latent_channels=8, resolution=16, base_channels=32,
-                                  channel_multiplier=[1], num_res_blocks=1)
-        config = ChameleonConfig(vocab_size=24, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-                                 vocabulary_map=names, vq_config=vq, initializer_range=0.05)
-        self.model = ChameleonForConditionalGeneration(config).eval()
-
-    def prompt(self, labels):
-        return torch.tensor([[1, 14 + label] for label in labels])
-
-    def config(self, **settings):
-        return {"tokens": self.tokens, "top_k": None} | settings
-
-    def decode(self, tokens):
-        levels = (tokens - 4).view(-1, 1, 4, 4) / 9
-        return levels.repeat_interleave(8, 2).repeat_interleave(8, 3)
-
-
-class Untrained(DigitTokens):
-    def load(self):
-        return tasks.TokenModel(TinyTokens())
-
-    def real_frechet(self, n):
-        return {"frechet": 1.0, "n": n}
-
-
 # ---- prompts -----------------------------------------------------------------------------------------------------------
 
 def test_parts_of_a_series_of_prompts_join(emoji):
@@ -115,7 +80,7 @@ def test_a_share_of_each_seed_covers_the_images_once():
 
 def test_an_emoji_is_found_among_its_nearest_clusters(emoji):
     images = squares((1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 1))
-    found = EmojiImages("unet").quality(images, ["red square", "green again", "white square", "yellow square"])
+    found = TASKS["unet"].quality(images, ["red square", "green again", "white square", "yellow square"])
     assert found["retrieval_top1"] == 0.5 and found["retrieval"] == 0.75 and found["n"] == 4      # yellow is last for blue
     assert found["recall"] == {"cold": 1.0, "grey": 1.0, "warm": 0.5} and found["frechet"] > 0
 
@@ -132,7 +97,7 @@ def test_a_clip_shows_the_digit_of_most_of_its_frames(moving):
     for clip, columns in enumerate([(3, 3, 3, 5), (7, 7, 7, 7)]):
         for frame, column in enumerate(columns):
             clips[clip, frame, :, :, column] = 1
-    found = DigitClips("video_dit").quality(clips.expand(-1, -1, 3, -1, -1), ["three moving right", "one moving up"])
+    found = TASKS["video_dit"].quality(clips.expand(-1, -1, 3, -1, -1), ["three moving right", "one moving up"])
     assert found["label_accuracy"] == 0.5 and found["recall"] == {"1": 0.0, "3": 1.0}
     assert found["frame_agreement"] == pytest.approx(7 / 8)
     assert found["travel"] == pytest.approx(1.0, abs=1e-3) and (found["n"], found["frames"]) == (2, 8)   # 3 to 5, and none
@@ -172,13 +137,13 @@ def test_batches_of_a_set_can_be_drawn_in_any_order():
 
 
 def test_a_decoder_is_on_only_while_it_is_entered():
-    model = tasks.TokenModel(TinyTokens())
+    model = UNTRAINED["ar"].load()
     with pytest.raises(RuntimeError, match="under a decoder"):
         model.generate([1], seed=0, guidance=1.0)
     with model.decoding(sjd, {"window": 4}) as decoder:
         images = model.generate([1, 2], seed=0, guidance=1.0)
         assert images.shape == (2, 1, 32, 32) and 0 <= images.min() <= images.max() <= 1
-        assert decoder.report() == {"method": "sjd", "state": "engaged", "passes": decoder.report()["passes"], "tokens": 16}
+        assert decoder.report() == {"method": "sjd", "state": "engaged", "passes": decoder.report()["passes"], "tokens": 64}
     with pytest.raises(ValueError, match="window=0"), model.decoding(sjd, {"window": 0}):
         pass
 
@@ -186,22 +151,35 @@ def test_a_decoder_is_on_only_while_it_is_entered():
 def test_a_decoder_is_compared_with_its_own_off_config(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "card", lambda name: {"sha256": "0", "config": {}})
     monkeypatch.setattr(sweep, "memory_of", lambda model, arm, images: {
-        "peak_bytes": 2, "peak_resident_bytes": 3, "report": {"passes": 1 if "window" in arm.config else 16}})
-    task = Untrained("ar", steps=None, curve=(), kinds=("decoder",), timed=2)
+        "peak_bytes": 2, "peak_resident_bytes": 3, "report": {}})
+    task = UNTRAINED["ar"]
     assert task.plain("sjd") == Arm(None, "sjd", {"window": 1})
     record = Bench(task, Suite("small", images=4, rounds=2), Cells(tmp_path)).record("sjd", {})
     plain, method = record["arms"]["plain"], record["arms"]["method"]
     assert list(record["arms"]) == ["plain", "method"] and "no steps to leave out" in record["missing"]["fewer_steps"]
-    assert plain["speedup"] > 0 and method["macs"] > 0 and "steps" not in method and "psnr" not in method
+    assert plain["speedup"] > 0 and method["macs"] > 0 and "psnr" not in method
+    assert (plain["passes"], "steps" in plain) == (64, False) and method["passes"] <= 64
     assert method["n"] == 4 and sorted(method["recall"]) == ["0", "1", "2", "3"]
 
 
 def test_the_off_decoder_takes_one_pass_a_token():
-    model = tasks.TokenModel(TinyTokens())
-    task = Untrained("ar", steps=None)
+    task = UNTRAINED["ar"]
+    model = task.load()
     with task.plain("sjd").applied(model) as decoder:
         task.sample(model, None, [1, 2])
-        assert decoder.report() == {"method": "sjd", "state": "off", "passes": 16, "tokens": 16}
+        assert decoder.report() == {"method": "sjd", "state": "off", "passes": 64, "tokens": 64}
+
+
+@pytest.mark.parametrize("name", ["dit", "unet", "mmdit", "video_dit"])
+def test_a_pipeline_of_each_kind_is_asked_and_judged(name):
+    """With the real judges: prompts that its tokenizer knows, images of the right shape, a verdict for every one."""
+    task = UNTRAINED[name]
+    prompts = task.prompts(3)
+    images = task.sample(task.load(), 1, prompts, batch=2)
+    assert images.shape == {"dit": (3, 1, 32, 32), "video_dit": (3, 8, 1, 32, 32)}.get(name, (3, 3, 32, 32))
+    found = task.quality(images, prompts)
+    assert found["n"] == 3 and 0 <= found[task.score] <= 1 and found["frechet"] > 0 and 1 <= len(found["recall"]) <= 3
+    assert task.real_frechet(3)["frechet"] > 0
 
 
 def test_each_task_names_its_own_model():
