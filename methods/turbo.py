@@ -9,7 +9,7 @@ its similarity, so that informative tokens survive. This is the diffusion form, 
 Map
     mutual redundancy    cosine to the most similar destination               accel_kernels.cosine_match
     semantic value       share of attention a token receives                  _Layer.attend
-    information degree   redundancy minus, or over, semantic value            edge_score
+    information degree   redundancy minus, or over, semantic value            edge_score, weight
     merging              merge before self-attention, copy back after it      methods._core.tokens.merge_plan
 
 Departures
@@ -48,7 +48,7 @@ from methods._core.reduction import Reduction
 from methods._core.tokens import Plan, joined, merge_plan
 from methods.tome import partition, reduction
 
-__all__ = ["OFF", "Config", "apply", "edge_score"]
+__all__ = ["OFF", "Config", "apply", "edge_score", "weight"]
 
 FAMILIES = ("unet", "dit", "pixart", "latte", "flux")           # whose attention maps can be summed up
 
@@ -82,14 +82,16 @@ class Config:
 OFF = Config(ratio=0.0)
 
 
-def edge_score(redundancy: Tensor, value: Tensor, layer: int, config: Config) -> Tensor:
-    """Score by which sources merge, the highest first: redundancy (B, S) against semantic value (B, S), for merging layer l.
+def weight(layer: int, alpha: float, beta: float, gamma: int) -> float:
+    """30 alpha beta^|gamma - l|: what the semantic value counts in merging layer l."""
+    return 30 * alpha * beta ** abs(gamma - layer)
 
-    difference: R - 30 alpha beta^|gamma - l| s    ratio: R / s
-    """
-    if config.fusion == "ratio":
+
+def edge_score(redundancy: Tensor, value: Tensor, weight: float | Tensor, fusion: str = "difference") -> Tensor:
+    """Score by which sources merge, highest first: R - weight * s, or R / s ("ratio"), of redundancy and semantic value (B, S)."""
+    if fusion == "ratio":
         return redundancy / value.clamp_min(torch.finfo(value.dtype).tiny)
-    return redundancy - 30 * config.alpha * config.beta ** abs(config.gamma - layer) * value
+    return redundancy - weight * value
 
 
 class _Layer(Reduction):
@@ -98,9 +100,10 @@ class _Layer(Reduction):
     `value` keeps the semantic value (B, N) for the next step. The host fills in `src`, `dst` and `r` before each call.
     """
 
-    def __init__(self, block: Block, place: int, value: Feature, config: Config):
+    def __init__(self, block: Block, value: Feature, weight: float, fusion: str):
         super().__init__(block, self.match)
-        self.place, self.value, self.config = place, value, config
+        self.value, self.fusion = value, fusion
+        self.weight = torch.tensor(weight)              # a tensor, for which blocks that compile do so once
         self.src = self.dst = self.used = None
         self.r = 0
 
@@ -110,7 +113,7 @@ class _Layer(Reduction):
             x, value = joined(x), None if value is None else value.mean(0, keepdim=True)
         score, into = cosine_match(x, self.src, self.dst)
         if value is not None:
-            score = edge_score(score, value[:, self.src], self.place, self.config)
+            score = edge_score(score, value[:, self.src], self.weight, self.fusion)
         self.used = merge_plan(score, into, self.src, self.dst, self.r, batch)
         return self.used
 
@@ -143,7 +146,8 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         (b for b in denoiser.blocks if 2 ** b.level <= config.max_downsample and not b.temporal
          and denoiser.family in FAMILIES),
         f"self-attention at a downsampling of {config.max_downsample} or less in a model of {', '.join(FAMILIES)}")
-    layers = [_Layer(block, place, patch.feature(), config) for place, block in enumerate(blocks)]
+    layers = [_Layer(block, patch.feature(), weight(place, config.alpha, config.beta, config.gamma), config.fusion)
+              for place, block in enumerate(blocks)]
     for layer in layers:
         patch.around(layer.block.norm, layer.observe)
         patch.around(layer.block.attn, layer.around, opaque=True)

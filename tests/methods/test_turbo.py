@@ -20,10 +20,10 @@ def halves(tokens):
     return torch.arange(0, tokens, 2), torch.arange(1, tokens, 2)
 
 
-def merged(x, value, r, layer=0, **setting):
+def merged(x, value, r, weight=150.0, fusion="difference"):
     src, dst = halves(x.shape[1])
     score, into = cosine_match(x, src, dst)
-    score = turbo.edge_score(score, value[:, src], layer, turbo.Config(**setting))
+    score = turbo.edge_score(score, value[:, src], weight, fusion)
     score[:, 0] = -torch.inf
     return merge_plan(score, into, src, dst, r)
 
@@ -31,7 +31,7 @@ def merged(x, value, r, layer=0, **setting):
 @pytest.mark.parametrize("layer, beta, gamma", [(0, 1.0, 0), (2, 0.5, 0), (1, 0.5, 3)])
 def test_what_merges_is_redundant_and_means_little(layer, beta, gamma):
     x, value = torch.randn(2, 41, 8), torch.rand(2, 41) / 41
-    plan = merged(x, value, 9, layer, alpha=2.0, beta=beta, gamma=gamma)
+    plan = merged(x, value, 9, turbo.weight(layer, 2.0, beta, gamma))
     unit = x / x.norm(dim=-1, keepdim=True)
     for b in range(2):
         edges = {}
@@ -48,7 +48,7 @@ def test_what_merges_is_redundant_and_means_little(layer, beta, gamma):
 def test_no_weight_is_token_merging_and_a_constant_value_too():
     x = torch.randn(2, 40, 8)
     plain = merged(x, torch.zeros(2, 40), 9).segments.source
-    assert torch.equal(merged(x, torch.rand(2, 40), 9, alpha=0.0).segments.source, plain)
+    assert torch.equal(merged(x, torch.rand(2, 40), 9, weight=0.0).segments.source, plain)
     assert torch.equal(merged(x, torch.full((2, 40), 0.01), 9).segments.source, plain)
     family = FAMILIES["unet"]
     results = []
@@ -67,7 +67,7 @@ def test_a_token_of_great_value_is_never_merged(fusion):
 
 
 def test_ratio_form():
-    score = turbo.edge_score(torch.tensor([[0.9, 0.9, 0.1]]), torch.tensor([[0.5, 0.25, 0.0]]), 0, turbo.Config(fusion="ratio"))
+    score = turbo.edge_score(torch.tensor([[0.9, 0.9, 0.1]]), torch.tensor([[0.5, 0.25, 0.0]]), 150.0, "ratio")
     assert score[0, :2].tolist() == pytest.approx([1.8, 3.6]) and score.isfinite().all()
 
 
@@ -77,7 +77,7 @@ def test_semantic_value_is_the_column_mean_of_the_attention_map():
     block = describe(pipe.unet).blocks[0]
     attn: Attention = block.attn
     x = torch.randn(2, 16, 32)
-    layer = turbo._Layer(block, 0, turbo.Feature(), turbo.Config())
+    layer = turbo._Layer(block, turbo.Feature(), 150.0, "difference")
     layer.tokens, layer.src, layer.dst, layer.r = 16, torch.arange(1, 16), torch.zeros(1, dtype=torch.long), 0
     layer.input = x
     torch.testing.assert_close(layer.around(None, x), attn(x), atol=1e-5, rtol=1e-5)
