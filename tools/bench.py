@@ -6,6 +6,7 @@
     python tools/bench.py --suite paper --ray auto   its cells computed by the workers of a Ray cluster
     python tools/bench.py --method tome --realistic  speed on models of real size with random weights, beside the MAC bound
     python tools/bench.py --overhead                 what an applied off switch costs
+    python tools/bench.py --plans                    what reducing tokens costs by itself, beside the tomesd package
     python tools/bench.py --catalog                  how the catalogue tools grow
     python tools/bench.py --kernels                  Triton kernels against their references
 
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from accel_tools import catalog_bench, cluster, kernel_bench, records
+from accel_tools import catalog_bench, cluster, kernel_bench, plan_bench, records
 from accel_tools.catalog import ROOT, load
 from accel_tools.cells import Cells
 from accel_tools.realistic import CASES, SWITCHES, Case, Realistic
@@ -133,20 +134,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--untimed", action="store_true", help="only images, MACs and memory; writes no results")
     parser.add_argument("--realistic", action="store_true")
     parser.add_argument("--overhead", action="store_true")
+    parser.add_argument("--plans", action="store_true")
     parser.add_argument("--catalog", action="store_true")
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--rounds", type=int,
-                        help="interleaved rounds, in place of the suite's, of 5 (--realistic) or 31 (--overhead)")
+                        help="interleaved rounds, in place of the suite's, of 5 (--realistic), 31 (--overhead) or 9 (--plans)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, recorded with the results")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     cells, failed = Cells(FOLDER), []
-    if args.suite or not (args.realistic or args.overhead or args.catalog or args.kernels):
+    if args.suite or not (args.realistic or args.overhead or args.plans or args.catalog or args.kernels):
         failed += suite(args, cells)
     if args.realistic:
         failed += each_case(CASES, Realistic(cells, args.rounds or 5).record, args)
     if args.overhead:
         failed += each_case(SWITCHES, Realistic(cells, args.rounds or 31).overhead, args)
+    if args.plans:
+        print(json.dumps(records.write_plans(plan_bench.measure(args.rounds or 9)), indent=1), flush=True)
     if args.catalog:
         for n in (52, 500, 5000):
             print(json.dumps(catalog_bench.measure(n)), flush=True)

@@ -87,6 +87,13 @@ def write_baseline(model: str, part: dict[str, Any], folder: Path = ROOT / "cata
     return _write(path, {"schema": 1, "model": model} | _read(path) | rounded(part))
 
 
+def write_plans(rows: list[dict[str, Any]], path: Path = ROOT / "catalog/plans.json") -> dict[str, Any]:
+    """What reducing tokens costs by itself, whole or not at all. -> what was written"""
+    found = rounded({"schema": 1, "rows": rows, **provenance()})
+    _write(path, found)
+    return found
+
+
 def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 

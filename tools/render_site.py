@@ -55,6 +55,7 @@ class Site:
     results: dict[str, dict] = field(default_factory=dict)              # slug -> catalog/results/<slug>.json
     compatibility: dict[str, dict] | None = None                        # slug -> family -> {works, reason}
     pairs: dict[str, dict[str, dict]] = field(default_factory=dict)     # slug -> slug -> family -> True, or the reason why not
+    plans: dict = field(default_factory=dict)                           # catalog/plans.json
     methods: dict[str, ModuleSource] = field(default_factory=dict)
     kernels: dict[str, ModuleSource] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)                # slug -> hash of its code as it is now
@@ -74,12 +75,13 @@ def read(root: Path = ROOT) -> Site:
     uses = {slug: [name for name, file in kernels.items() if file in set(source.closure(path))]
             for slug, path in modules.items()}
     results = {path.stem: _json(path) for path in sorted((root / "catalog/results").glob("*.json"))}
-    compatibility, pairs = root / "catalog/compatibility.json", root / "catalog/pairs.json"
+    compatibility, pairs, plans = (root / f"catalog/{name}.json" for name in ("compatibility", "pairs", "plans"))
     return Site(
         catalog=catalog,
         results={slug: result for slug, result in results.items() if slug in catalog.entries},
         compatibility=_json(compatibility) if compatibility.exists() else None,
         pairs=_json(pairs) if pairs.exists() else {},
+        plans=_json(plans) if plans.exists() else {},
         methods={slug: parse(path.read_text(encoding="utf-8")) for slug, path in modules.items()},
         kernels={name: parse(path.read_text(encoding="utf-8")) for name, path in kernels.items()},
         hashes={slug: source.code_hash(slug) for slug in modules},

@@ -190,8 +190,10 @@ def cycled(every: Sequence[str], n: int, first: int) -> list[str]:
 TASKS: dict[str, Task] = {
     "dit": DigitImages("dit", "Digits from a diffusion transformer"),
     "unet": EmojiImages("unet", "Emoji from a UNet", guidance=3.0, score="retrieval"),
-    "mmdit": EmojiImages("mmdit", "Emoji from a two-stream transformer", guidance=3.0, score="retrieval"),
-    "video_dit": DigitClips("video_dit", "Moving digits from a video transformer", guidance=3.0, batch=10, timed=2),
+    "mmdit": EmojiImages("mmdit", "Emoji from a two-stream transformer", guidance=3.0, score="retrieval",
+                         settings=(("max_sequence_length", 1),)),
+    "video_dit": DigitClips("video_dit", "Moving digits from a video transformer", guidance=3.0, batch=10, timed=2,
+                            settings=(("max_sequence_length", text.SHORT),)),
     "ar": DigitTokens("ar", "Digits token by token", steps=None, curve=(), kinds=("decoder",)),
 }
 

@@ -70,7 +70,7 @@ def train_ar(seed: int, scale: float) -> Trained:
     first = Run(build().to(device()), steps=round(1200 * scale), lr=2e-3, average=0.99, seed=seed)
     train(first, tokenizer_loss(x, y, 48), CHECKPOINTS / "ar-vq.ckpt")
     tokens, labels = tokens_of(first.averaged.eval(), x, y, seed)
-    run = Run(first.averaged.requires_grad_(True), steps=round(1800 * scale), lr=1.5e-3, average=0.998, seed=seed + 1)
+    run = Run(first.averaged.requires_grad_(True), steps=round(1000 * scale), lr=2e-3, average=0.997, seed=seed + 1)
     run.model["model"].model.vqmodel.requires_grad_(False)
     run.model["decoder"].requires_grad_(False)
     train(run, language_loss(tokens, labels, 64), CHECKPOINTS / "ar.ckpt")

@@ -77,21 +77,21 @@ def v_loss(ids: Tensor, pictures: Tensor, size: int) -> Callable[[Run], Tensor]:
 
 
 def train_unet(seed: int, scale: float) -> Trained:
-    """Stages: at 16x16 all six groups, then the three that are asked for; these at 32x32."""
+    """Two stages at 16x16, all six groups and then the three that are asked for, and these at 32x32."""
     torch.manual_seed(seed)
     ids, pictures = prompts_and_pictures(emoji.GROUPS)
-    all_groups = Run(unet_of(16).to(device()), steps=round(3000 * scale), lr=1.2e-3, average=0.999, seed=seed)
-    train(all_groups, v_loss(ids, F.avg_pool2d(pictures, 2), 32), CHECKPOINTS / "unet-16.ckpt")
+    six = Run(unet_of(16).to(device()), steps=round(3000 * scale), lr=1.2e-3, average=0.999, seed=seed)
+    train(six, v_loss(ids, F.avg_pool2d(pictures, 2), 32), CHECKPOINTS / "unet-six.ckpt")
     ids, pictures = prompts_and_pictures()
-    small = Run(all_groups.averaged.requires_grad_(True), steps=round(1000 * scale), lr=1e-3, average=0.999, seed=seed + 1)
-    train(small, v_loss(ids, F.avg_pool2d(pictures, 2), 32), CHECKPOINTS / "unet-16-three.ckpt")
+    three = Run(six.averaged.requires_grad_(True), steps=round(2200 * scale), lr=1.5e-3, average=0.999, seed=seed + 1)
+    train(three, v_loss(ids, F.avg_pool2d(pictures, 2), 32), CHECKPOINTS / "unet-three.ckpt")
     model = unet_of(32).to(device())
-    model.load_state_dict(small.averaged.state_dict())
-    run = Run(model, steps=round(1100 * scale), lr=6e-4, average=0.998, seed=seed + 2)
+    model.load_state_dict(three.averaged.state_dict())
+    run = Run(model, steps=round(800 * scale), lr=8e-4, average=0.998, seed=seed + 2)
     train(run, v_loss(ids, pictures, 16), CHECKPOINTS / "unet.ckpt")
-    return Trained(run.after(small.after(all_groups)), {"unet": UNET, "text": UNET_TEXT, "scheduler": SCHEDULER}, batch=16,
-                   data=f"npm {emoji.PACKAGE}, names as prompts: {all_groups.steps} steps of 32 at 16x16 on six groups, "
-                        f"{small.steps} more on the {len(pictures)} pictures of three, then {run.steps} steps of 16 at 32x32")
+    return Trained(run.after(three.after(six)), {"unet": UNET, "text": UNET_TEXT, "scheduler": SCHEDULER}, batch=16,
+                   data=f"npm {emoji.PACKAGE}, names as prompts: {six.steps} steps of 32 at 16x16 on six groups, {three.steps} "
+                        f"more on the {len(pictures)} pictures of three, then {run.steps} steps of 16 at 32x32")
 
 
 # ---- the two-stream transformer ----------------------------------------------------------------------------------------

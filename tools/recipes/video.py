@@ -83,7 +83,7 @@ def train_video(seed: int, scale: float) -> Trained:
     torch.manual_seed(seed)
     model = models().to(device())
     model.load_state_dict(first.averaged.state_dict())
-    run = Run(model, steps=round(1600 * scale), lr=8e-4, average=0.999, seed=seed + 1)
+    run = Run(model, steps=round(700 * scale), lr=8e-4, average=0.997, seed=seed + 1)
     train(run, loss_at(32, 8), CHECKPOINTS / "video_dit.ckpt")
     return Trained(run.after(first), {"transformer": TRANSFORMER, "text": TEXT, "scheduler": SCHEDULER}, batch=8,
                    data=f"npm {digits.PACKAGE}: 8,000 training images, shrunk to 20x20 and moved over 8 frames of 32x32 by a "

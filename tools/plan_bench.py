@@ -1,0 +1,100 @@
+"""What reducing tokens costs by itself: plan, reduction and restoration of one self-attention, beside the tomesd package.
+
+    python tools/bench.py --plans      writes catalog/plans.json
+
+Random tokens of the shapes named; the attention between reduction and restoration is left out. The floor of a matching plan
+is its own product of sources with destinations, timed in the same rounds.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel_tools.timing import interleave
+from methods import itome, sito, tofu, toma, tome
+from methods._core.tokens import match_plan, merge_plan
+
+SHAPES = {"SD-1.5 UNet, 64x64 latents": (2, 64, 64, 320), "SD-1.5 UNet, 128x128 latents": (2, 128, 128, 320),
+          "PixArt, 4,096 tokens": (2, 64, 64, 1152)}                       # batch, height, width, channels
+RATIO = 0.5
+CPU = torch.device("cpu")
+
+
+def _matched(x: Tensor, grid: tuple[int, int, int]):
+    src, dst = tome.partition(grid, 2, torch.Generator().manual_seed(0), CPU)
+    return match_plan(x, src, dst, tome.reduction(x.shape[1], len(dst), RATIO))
+
+
+def tome_tokens(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    plan = _matched(x, grid)
+    return plan.restore(plan.reduce(x))
+
+
+def tofu_tokens(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    plan = _matched(x, grid)
+    return plan.restore(tofu.mlerp(plan, x))
+
+
+def sito_tokens(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    plan = sito.prune_plan(x, sito.base_tokens(sito.sim_score(x), grid, 2), RATIO)
+    return plan.restore(plan.drop(x))
+
+
+def itome_tokens(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Matched by cosine, as on a UNet; the importance, one product of a latent a step, is no part of a block's cost."""
+    N = x.shape[1]
+    r, D, M = itome.sizes(N, RATIO, 0.25, itome.UNET["pool"])
+    importance = torch.rand(1, N, generator=torch.Generator().manual_seed(1)).expand(len(x), -1)
+    dst, src, below = itome.draw(importance, D, M, torch.Generator().manual_seed(0))
+    score, into = itome.cosine_match(x, src, dst)
+    plan = merge_plan(score + below * itome.FORCE, into, src, dst, r)
+    return plan.restore(plan.reduce(x))
+
+
+def toma_tokens(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """In the blocks that reuse the matrices of another, only the products are left of this."""
+    places = toma.regions(*grid, "tile", 4)
+    tiles = x[:, places]
+    dst = toma.destinations(tiles, places.shape[1] // 2)
+    matrices = toma.Matrices(toma.weights(tiles, dst, 1000.0), places, places.flatten().argsort(), dst)
+    return matrices.restore(matrices.reduce(x))
+
+
+def tomesd_tokens(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    from tomesd.merge import bipartite_soft_matching_random2d
+    _, height, width = grid
+    merge, unmerge = bipartite_soft_matching_random2d(x, width, height, 2, 2, int(x.shape[1] * RATIO),
+                                                      generator=torch.Generator().manual_seed(0))
+    return unmerge(merge(x))
+
+
+def product(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """The matching's own product, in one piece."""
+    D = x.shape[1] // 4
+    return x[:, D:] @ x[:, :D].mT
+
+
+def plan_alone(x: Tensor, grid: tuple[int, int, int]) -> Any:
+    return _matched(x, grid)
+
+
+WAYS: dict[str, Callable[[Tensor, tuple[int, int, int]], Any]] = {
+    "tomesd": tomesd_tokens, "tome": tome_tokens, "tofu": tofu_tokens, "itome": itome_tokens, "sito": sito_tokens,
+    "toma": toma_tokens, "plan of tome": plan_alone, "product": product}
+
+
+@torch.no_grad()
+def measure(rounds: int = 9) -> list[dict[str, Any]]:
+    """For each shape and way: median seconds, and the median over rounds of its ratio to tomesd's and to the product's."""
+    rows = []
+    for name, (batch, height, width, channels) in SHAPES.items():
+        x = torch.randn(batch, height * width, channels, generator=torch.Generator().manual_seed(0))
+        seconds = interleave({way: lambda f=f, x=x, g=(1, height, width): f(x, g) for way, f in WAYS.items()}, rounds)
+        rows += [{"tokens": name, "shape": [batch, height * width, channels], "way": way, "seconds": median(times),
+                  **{f"of_{other}": median(a / b for a, b in zip(times, seconds[other], strict=True))
+                     for other in ("tomesd", "tome", "product")}} for way, times in seconds.items()]
+    return rows
