@@ -28,7 +28,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from accel_kernels._triton import attention_mass, cosine_match, facility_location, merge, rows, topk
+from accel_kernels._triton import (
+    attention_graph,
+    attention_mass,
+    cosine_match,
+    distance_match,
+    facility_location,
+    merge,
+    rows,
+    topk,
+)
 
 KIB = 1024
 TARGETS = {  # name: (target, shared memory a program may use)
@@ -92,6 +101,10 @@ def cases(override: dict[str, int]) -> Iterator[Case]:
         floor = {"BS": 64, "BD": 64} if dtype == torch.float32 else {"BS": 128, "BD": 64}
         yield Case("cosine_match", short, cosine_match._cosine_match_fwd_kernel, arguments, t, floor, moved, least)
 
+        arguments = {"p_distance" if key == "p_score" else key: v for key, v in arguments.items() if key != "p_norm"}
+        moved, least = tiles * (t["BS"] + t["BD"]) * C * size + B * S * 24, B * ((S + D) * (C * size + 8) + S * 12)
+        yield Case("distance_match", short, distance_match._distance_match_fwd_kernel, arguments, t, floor, moved, least)
+
         t = tiled(rows.tile(C))
         arguments = dict(p_x=p, p_index="*i64", p_out=p, N=N, K=K, C=C, rows=B * K)
         least = B * K * (2 * C * size + 8)
@@ -135,6 +148,19 @@ def cases(override: dict[str, int]) -> Iterator[Case]:
             moved = token + (token + scalars) * ceil(N / t["BM"])
             kernel, least = attention_mass._column_mass_fwd_kernel, 2 * token + scalars
             yield Case(f"column_mass_{width}", short, kernel, arguments, t, floor, moved + scalars, least + scalars)
+            t = tiled(attention_graph.tile(dtype, width))
+            arguments = dict(p_q=p, p_k=p, p_lse="*fp32") | integers
+            moved, least = token + token * ceil(N / t["BN"]) + scalars, 2 * token + scalars
+            yield Case(f"log_sums_{width}", short, attention_graph._log_sums_fwd_kernel, arguments, t, floor, moved, least)
+            arguments = dict(p_q=p, p_k=p, p_lse="*fp32", p_s="*fp32", p_out="*fp32") | integers
+            moved, least = token + (token + 2 * scalars) * ceil(N / t["BM"]) + scalars, 2 * token + 3 * scalars
+            yield Case(f"flow_{width}", short, attention_graph._flow_fwd_kernel, arguments, t, floor, moved, least)
+            t = tiled(attention_graph.tile(dtype, width, pairs=True))
+            arguments = dict(p_q=p, p_k=p, p_lse="*fp32", p_out="*i64", H=H) | integers
+            tiles = ceil(N / t["BN"])
+            moved, least = (token + scalars) * ceil(N / t["BM"]) + token * tiles + B * N * 8, 2 * token + scalars + B * N * 8
+            floor = floor | {"BN": 16 if dtype == torch.float32 else 64}
+            yield Case(f"partner_{width}", short, attention_graph._partner_fwd_kernel, arguments, t, floor, moved, least)
 
 
 def compile_case(case: Case, target: str) -> Compiled:

@@ -10,8 +10,12 @@ from accel_kernels._triton import attention_mass
 def tile(dtype: torch.dtype, width: int, *, pairs: bool = False) -> dict[str, int]:
     """Launch constants; `pairs` where queries and keys both change in the inner loop: no room to pipeline."""
     constants = attention_mass.tile(dtype, width)
-    warps = 4 if dtype == torch.float32 or pairs and constants["BW"] == 256 else constants["num_warps"]
-    return constants | {"num_warps": warps, "num_stages": 1 if pairs else constants["num_stages"]}
+    wide, single = constants["BW"] == 256, dtype == torch.float32
+    if not pairs:
+        return constants | {"num_warps": 4 if single else constants["num_warps"]}
+    if wide and single:
+        constants |= {"BN": 16, "BM": 32}
+    return constants | {"num_warps": 4 if wide else constants["num_warps"], "num_stages": 1}
 
 
 @triton.jit
