@@ -4,7 +4,8 @@ Omid Saghatchian, Atiyeh Gh. Moghadam, Ahmad Nickabadi, arXiv 2025. arXiv:2501.0
 
 Idea: how alike tokens are differs by block and step, so a fixed ratio merges too much here and too little there. Every
 token whose best match is similar enough is merged, and since pairs hardly change from step to step, the pairing is kept
-and matched anew only at a few checkpoint steps. Only indices are kept; the features merged are always those of the step.
+and matched anew only at a few checkpoint steps. Only indices are kept; the features merged are always those of the
+step.
 
 Map
     adaptive merging   r: the most sources above the threshold in any sample     adaptive_reduction
@@ -13,9 +14,10 @@ Map
     checkpoints        sets of steps, counted from 1                             CHECKPOINTS, computes
 
 Departures
-    The pairing is forgotten at the start of every run and when the shape changes. The official package never forgets: its
-    second image starts from the pairs of the first, and another batch size fails.
-    Destinations come from `seed` and the step; where a model calls its two guidance branches apart, each keeps its pairing.
+    The pairing is forgotten at the start of every run and when the shape changes. The official package never forgets:
+    its second image starts from the pairs of the first, and another batch size fails.
+    Destinations come from `seed` and the step; where a model calls its two guidance branches apart, each keeps its
+    pairing.
     Checkpoint 1 changes nothing, as in the official code: the first step always matches. So do checkpoints that the run
     does not reach; the sets are made for 50 steps and not scaled to others.
     How many tokens merge is read back from the device, so blocks compile with a graph break, not with `fullgraph=True`.

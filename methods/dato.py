@@ -2,9 +2,9 @@
 
 Evelyn Zhang et al., arXiv 2024. arXiv:2501.00375. Code: EvelynZhang-epiclab/DaTo
 
-Idea: a plan, searched once for a model, says of each step whether the UNet runs whole, at its shallowest depth, or not at
-all. What runs prunes its self-attention: tokens that changed most between the last two outputs become base tokens, so
-that their change spreads to the pruned tokens that copy them and makes up for what the cache has frozen.
+Idea: a plan, searched once for a model, says of each step whether the UNet runs whole, at its shallowest depth, or not
+at all. What runs prunes its self-attention: tokens that changed most between the last two outputs become base tokens,
+so that their change spreads to the pruned tokens that copy them and makes up for what the cache has frozen.
 
 Map
     cache plan         full, shallow or no computation at a step               stage_of, apply
@@ -13,11 +13,11 @@ Map
     search             NSGA-II over plans, with an objective passed in         search, rank, crowding, cross, mutate
 
 Departures
-    The released patch prunes 0.4 at every step, its plan of ratios being commented out; that is the default here. It turns
-    the sign of the temporal difference at random: `random_sign=True`; the paper picks the most changed tokens.
+    The released patch prunes 0.4 at every step, its plan of ratios being commented out; that is the default here. It
+    turns the sign of the temporal difference at random: `random_sign=True`; the paper picks the most changed tokens.
     A plan for another number of steps is read at the same relative place; the released code refuses.
-    On a step without computation the last output is given again, which is what the cached last block would lead to. At the
-    shallowest depth only what deeper blocks hand up is kept; the released code keeps, and wraps, every layer.
+    On a step without computation the last output is given again, which is what the cached last block would lead to. At
+    the shallowest depth only what deeper blocks hand up is kept; the released code keeps, and wraps, every layer.
     State belongs to the model and the run; the released code has it in globals that outlive both.
     Noise comes from `seed` and the step, one draw a block for the whole batch.
     The search is started from plans as sparse as the released ones. It is not tied to a reward model or a clock, and it

@@ -2,8 +2,8 @@
 
 Haoyu Wu, Jingyi Xu, Hieu Le, Dimitris Samaras, ICCV 2025. arXiv:2411.16720. Code: cvlab-stonybrook/importance-token-merge
 
-Idea: where the conditional and the unconditional prediction differ, the prompt is at work. That difference comes for free
-with guidance and ranks the tokens of the next step: destinations are drawn from the most important ones, and every
+Idea: where the conditional and the unconditional prediction differ, the prompt is at work. That difference comes for
+free with guidance and ranks the tokens of the next step: destinations are drawn from the most important ones, and every
 token outside that pool is merged. The first steps, which set the layout, copy a destination instead of averaging.
 
 Map
@@ -16,7 +16,8 @@ Map
 
 Departures
     The draw is made once a step, from `seed`, and shared by all blocks; the official code draws in every block from the
-    global generator. Steps, layers, sizes and matching of the two official demos are the defaults of UNet and transformer.
+    global generator.
+    Steps, layers, sizes and matching of the two official demos are the defaults of UNet and transformer.
     Without guidance there is no importance, and destinations come from a grid throughout, as in the first step.
     Where a model calls its guidance branches apart, the importance is taken from the two calls of the last step.
     Transformers other than PixArt merge in the same middle half of their depth; Latte in its spatial blocks.

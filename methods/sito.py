@@ -14,16 +14,16 @@ Map
     recovery         copy the output of the most similar kept token        prune_plan
 
 Departures
-    The sum of cosines is one product with the sum of all unit vectors; the official code builds the N x N matrix, in half
-    precision. Nothing here needs it.
-    Noise comes from `seed` and the step, one draw a block for the whole batch, so that the guidance halves differ only by
-    what is in them; the official code draws for each sample from the global generator.
+    The sum of cosines is one product with the sum of all unit vectors; the official code builds the N x N matrix, in
+    half precision. Nothing here needs it.
+    Noise comes from `seed` and the step, one draw a block for the whole batch, so that the guidance halves differ only
+    by what is in them; the official code draws for each sample from the global generator.
     The released code copies from the most similar kept token, the default here; as the paper tells it, from the most
     similar base token: `recover_from="base"`.
     True height and width are used; the official patch search assumes a square grid. As released the official file does
     not run at all (a missing import and a call of an undefined function).
-    SD3, Flux and CogVideoX prune the image tokens of the joint attention; where positions enter inside the attention, one
-    plan serves the whole batch.
+    SD3, Flux and CogVideoX prune the image tokens of the joint attention; where positions enter inside the attention,
+    one plan serves the whole batch.
 
 Example
     >>> import methods

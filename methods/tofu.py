@@ -2,9 +2,9 @@
 
 Minchul Kim, Shangqian Gao, Yen-Chang Hsu, Yilin Shen, Hongxia Jin, WACV 2024. arXiv:2312.01026
 
-Idea: averaging two tokens is safe only where the layers behind it are nearly linear between them, which the late ones are
-and the early ones are not. Tokens are paired as in ToMe; early blocks keep the destination of each group and drop the
-rest, late blocks merge the group by an average that does not shrink: the mean's direction with the largest norm.
+Idea: averaging two tokens is safe only where the layers behind it are nearly linear between them, which the late ones
+are and the early ones are not. Tokens are paired as in ToMe; early blocks keep the destination of each group and drop
+the rest, late blocks merge the group by an average that does not shrink: the mean's direction with the largest norm.
 
 Map
     matching   as in ToMe, on the block's input                     methods.tome.Matching
@@ -15,7 +15,7 @@ Map
 Departures
     There is no official code. Two public reimplementations separate at half the depth, which is the default here; which
     blocks of a UNet prune is a choice made here: depth is the place among all transformer blocks in execution order.
-    A widely copied MLERP divides by the destination's own norm instead of the mean's and so keeps no norm; not repeated.
+    A widely copied MLERP divides by the destination's own norm instead of the mean's and so keeps no norm.
     The fine-tuned form for classifiers is left out.
     What ToMe's module says of destinations, SD3, Flux and CogVideoX holds here too.
 

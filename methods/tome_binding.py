@@ -2,10 +2,10 @@
 
 Taihang Hu et al., NeurIPS 2024. arXiv:2411.07132. Code: hutaiHang/ToMe
 
-Idea: in "a red ball and a blue cube" attributes drift to the wrong object, since every token attends on its own. The tokens
-of each object are summed into one, so that an object and its attributes share one attention map; in the first steps that
-token is tuned to stand for its phrase, and the latent to give every object one compact place. It merges words, not image
-tokens, and costs time: it is no accelerator.
+Idea: in "a red ball and a blue cube" attributes drift to the wrong object, since every token attends on its own. The
+tokens of each object are summed into one, so that an object and its attributes share one attention map; in the first
+steps that token is tuned to stand for its phrase, and the latent to give every object one compact place. It merges
+words, not image tokens, and costs time: it is no accelerator.
 
 Map
     token merging             noun and modifiers become one row          merge_tokens
@@ -15,13 +15,14 @@ Map
     iterative update          of latent and text, by the entropy         _Binding.refine
 
 Departures
-    The official code is one pipeline for SDXL and one prompt. Here every UNet pipeline works, a batch must be of one prompt,
-    its samples are refined apart, and the maps come from the same place: the middle attention of the deepest up block.
+    The official code is one pipeline for SDXL and one prompt. Here every UNet pipeline works, a batch must be of one
+    prompt, its samples are refined apart, and the maps come from the same place: the middle attention of the deepest up
+    block.
     Phrases are named by token positions; the automatic parsing is left out, and so is the position loss of one demo.
-    Anchors need an embedding of their phrase, given as a tensor or as words for the pipeline's text encoder; without them,
-    or without a simplified prompt, those two parts are off.
-    The official guidance of the anchor latent has its sign turned round, null + g (null - anchor), and scales that latent in
-    every step; `reversed_anchor=True` repeats the sign.
+    Anchors need an embedding of their phrase, given as a tensor or as words for the pipeline's text encoder; without
+    them, or without a simplified prompt, those two parts are off.
+    The official guidance of the anchor latent has its sign turned round, null + g (null - anchor), and scales that
+    latent in every step; `reversed_anchor=True` repeats the sign.
     Learning rates and thresholds are those for 32 x 32 maps of SDXL at 1024 pixels; other models want their own.
 
 Example

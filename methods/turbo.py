@@ -3,8 +3,8 @@
 Chen Ju et al., ECCV 2024. arXiv:2407.11717. Code: anakin-skywalker-Joseph/Folder
 
 Idea: a token may be dropped from attention if it is redundant, that is very similar to another, and if it means little,
-that is draws little attention. Token merging ranks by similarity alone; here the attention a token receives is taken off
-its similarity, so that informative tokens survive. This is the diffusion form, a reconstruction: see Departures.
+that is draws little attention. Token merging ranks by similarity alone; here the attention a token receives is taken
+off its similarity, so that informative tokens survive. This is the diffusion form, a reconstruction: see Departures.
 
 Map
     mutual redundancy    cosine to the most similar destination               accel_kernels.cosine_match
@@ -14,11 +14,12 @@ Map
 
 Departures
     The released code covers vision-language models; the paper says that for generation merged tokens are restored after
-    each attention, and gives no formula there that could be checked. From the released code: the score with its constants.
-    Reconstructed: tokens are split as in ToMe; there is no class token, so the semantic value is the mean attention from
-    all tokens; it is that of the block's last step, since the map of this step is known only after merging. The first step
-    of a run ranks by similarity alone. What the constants should be for diffusion is not known.
-    Only destinations' similarity, not their semantic value, counts, as in the released code.
+    each attention, and gives no formula there that could be checked.
+    From the released code: the score with its constants.
+    Reconstructed: tokens are split as in ToMe; there is no class token, so the semantic value is the mean attention
+    from all tokens; it is that of the block's last step, since the map of this step is known only after merging. The
+    first step of a run ranks by similarity alone. What the constants should be for diffusion is not known.
+    A destination's own semantic value does not count, as in the released code.
     Tokens are restored in every block, so there are no token sizes to carry along and no size term in the attention.
 
 Example
@@ -88,7 +89,10 @@ def weight(layer: int, alpha: float, beta: float, gamma: int) -> float:
 
 
 def edge_score(redundancy: Tensor, value: Tensor, weight: float | Tensor, fusion: str = "difference") -> Tensor:
-    """Score by which sources merge, highest first: R - weight * s, or R / s ("ratio"), of redundancy and semantic value (B, S)."""
+    """Score by which sources merge, the highest first, of redundancy R and semantic value s (B, S) each.
+
+    difference: R - weight * s    ratio: R / s
+    """
     if fusion == "ratio":
         return redundancy / value.clamp_min(torch.finfo(value.dtype).tiny)
     return redundancy - weight * value
