@@ -145,9 +145,7 @@ class _Pruner:
         patch.around(first.attn.to_k, self.key)
         patch.around(first.module, self.cut)
         patch.around(last.module, self.fill)
-        for block in self.transformer.blocks:                 # what others remember or merge in there has another length
-            for module in (branch.module for branch in block.branches):
-                patch.around(module, _unchanged, opaque=True)
+        patch.guard(branch.module for block in self.transformer.blocks for branch in block.branches)
 
     def query(self, forward, x: Tensor) -> Tensor:
         self.q = forward(x)
@@ -173,10 +171,6 @@ class _Pruner:
             return out
         plan, self.plan = self.plan, None
         return plan.restore(out)
-
-
-def _unchanged(forward, *args, **kwargs):
-    return forward(*args, **kwargs)
 
 
 def apply(target: Any, config: Config = Config()) -> Patch:

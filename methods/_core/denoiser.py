@@ -69,6 +69,14 @@ class Denoiser:
     unet: tuple[Stage, ...] = field(default=())    # the stages of a UNet in execution order
     head: nn.Module | None = None                  # of a transformer: the last projection, tokens to patches of the output
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        """What has an output that a patch may store or shorten: branches of blocks, and stages, layers, samplers of a UNet."""
+        parts = [branch.module for block in self.blocks for branch in block.branches]
+        for stage in self.unet:
+            parts += [stage.module, *(module for pair in stage.layers for module in pair), stage.sampler]
+        return [module for module in parts if module is not None]
+
 
 @dataclass(frozen=True)
 class Stage:

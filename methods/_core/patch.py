@@ -51,6 +51,10 @@ def _next(module: nn.Module, depth: int, *args, **kwargs):
     return _call(module, depth, args, kwargs)
 
 
+def _as_it_is(forward: Callable, *args, **kwargs):
+    return forward(*args, **kwargs)
+
+
 class Patch:
     """Everything one method has put on one model; `with` or `remove()` takes it off, bit for bit.
 
@@ -105,6 +109,15 @@ class Patch:
         site.arounds.sort(key=lambda entry: entry[0])
         site.opaque = self if opaque else site.opaque
         self._modules.append(module)
+
+    def guard(self, modules: Iterable[nn.Module]) -> None:
+        """Leave `modules` as they are and refuse other patches on them, whose tokens or stored outputs would not fit.
+
+        Raises:
+            ValueError: another patch already stands on one of them.
+        """
+        for module in modules:
+            self.around(module, _as_it_is, opaque=True)
 
     def reaches(self, module: nn.Module) -> bool:
         """Whether this call of the denoiser will run `module`, given what the caches on the model skip."""
