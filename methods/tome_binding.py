@@ -146,8 +146,6 @@ class _Binding:
 
     def prepare(self, context: StepContext) -> dict[str, Tensor]:
         """Before each call: what the model is to read instead of the latent and the prompt of this step."""
-        if len(self.patch.run.patches) > 1:
-            raise RuntimeError("tome_binding runs the model by itself within a step and stacks with no other method")
         config, given = self.config, context.inputs["encoder_hidden_states"]
         start = len(given) // 2 if context.guided else 0                       # the conditional half is the second one
         length = given.shape[1] - 1 if config.length is None else config.length
@@ -266,11 +264,8 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     if not config.objects:
         return patch
     watched = patch.require(_watched(describe(patch.model).unet), "UNet stage with cross-attention on its way up")
-    alone = len(patch.run.patches) == 1
-    if patch.pipe is None or not alone:
-        patch.remove()
-        raise ValueError("tome_binding stacks with no other method: remove those on the model" if not alone else
-                         "tome_binding counts the steps of a run: apply it to the pipeline, not to the bare model")
+    patch.require_pipeline()
+    patch.stand_alone()
     binding = _Binding(patch, config)
     for cross in watched:
         patch.around(cross, partial(binding.look, cross))

@@ -64,7 +64,7 @@ def _pareto(axes: Axes, found: Measured, key: str, label: str) -> None:
     if real:
         axes.axhline(real, color=INK, linewidth=.8, linestyle=(0, (4, 3)))
         axes.annotate("real against real", (0, real), xytext=(3, 3), textcoords="offset points", fontsize=8.5)
-    _name(axes, [(*at[id(run)], _short(run)) for run in runs], list(at.values()))
+    _name(axes, [(*at[id(run)], run) for run in runs], list(at.values()))
     axes.set_xlabel("measured speed-up over the plain run")
     axes.set_ylabel(label)
 
@@ -81,7 +81,7 @@ def _bound(axes: Axes, found: Measured, runs: Sequence[Run]) -> None:
     axes.set_ylim(0, far)
     if found.noise:
         axes.axhspan(*found.noise, color=INK, alpha=.12, linewidth=0)
-    _name(axes, [(run.bound, run.arm["speedup"], _short(run)) for run in runs if run.kind != "fewer"],
+    _name(axes, [(run.bound, run.arm["speedup"], run) for run in runs if run.kind != "fewer"],
           [(run.bound, run.arm["speedup"]) for run in runs])
     axes.set_xlabel("plain MACs / MACs of the run")
     axes.set_ylabel("measured speed-up")
@@ -110,8 +110,18 @@ def _mark(axes: Axes, run: Run, x: float, y: float, upright: bool = False) -> No
     """A point with the quartiles of its speed-up as a thin line; hollow where the code has changed since."""
     style = MARKS[run.kind]
     if spread := run.arm.get("speedup_spread"):
-        axes.plot([x, x] if upright else spread, spread if upright else [y, y], color=style["color"], linewidth=1.2, alpha=.6)
-    axes.plot([x], [y], linestyle="", fillstyle="none" if run.stale else "full", **style)
+        axes.plot([x, x] if upright else spread, spread if upright else [y, y], color=style["color"], linewidth=1.2, alpha=.6,
+                  gid=_group(run))
+    axes.plot([x], [y], linestyle="", fillstyle="none" if run.stale else "full", gid=_group(run), **style)
+
+
+def _group(run: Run) -> str:
+    return f"run-{run.slug or run.kind}"
+
+
+def highlighted(plot: str, slug: str) -> str:
+    """A plot in which the marks and the names of one method are of the class "here", and those of all others are "run"."""
+    return plot.replace(f'<g class="run run-{slug}"', '<g class="here"')
 
 
 def _short(run: Run) -> str:
@@ -123,23 +133,25 @@ def _short(run: Run) -> str:
     return " ".join([run.name, *settings[:2]])
 
 
-def _name(axes: Axes, labels: list[tuple[float, float, str]], points: list[tuple[float, float]], size: float = 8.5) -> None:
+def _name(axes: Axes, labels: list[tuple[float, float, Run]], points: list[tuple[float, float]],
+          size: float = 8.5) -> None:
     """Each label right of its point, or lower or higher where a label or one of `points` is in the way, with a thin line."""
     def free(box: tuple[float, ...], others: list[tuple[float, ...]]) -> bool:
         return not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in others)
 
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in map(axes.transData.transform, points)]
     floor, ceiling = axes.bbox.y0, axes.bbox.y1
-    for x, y, text in sorted(labels, key=lambda label: (-label[1], label[0], label[2])):
+    for x, y, run in sorted(labels, key=lambda label: (-label[1], label[0], label[2].label)):
         left, middle = axes.transData.transform((x, y))
-        width, height = .56 * size * len(text), 1.2 * size
+        width, height = .56 * size * len(_short(run)), 1.2 * size
         boxes = {move: (left + 7, middle + move - height / 2, left + 7 + width, middle + move + height / 2)
                  for step in range(9) for move in (-step * height, step * height)}
         inside = {move: box for move, box in boxes.items() if floor < box[1] and box[3] < ceiling}
         moved = next((move for move, box in inside.items() if free(box, taken)), 0.0)
         taken.append(boxes[moved])
         line = dict(arrowstyle="-", color=INK, linewidth=.5, alpha=.5, shrinkA=0, shrinkB=3) if moved else None
-        axes.annotate(text, (x, y), xytext=(7, moved), textcoords="offset points", va="center", fontsize=size, arrowprops=line)
+        axes.annotate(_short(run), (x, y), xytext=(7, moved), textcoords="offset points", va="center", fontsize=size,
+                      arrowprops=line, gid=_group(run))
 
 
 def _svg(found: Measured, title: str, draw: Callable[[Axes], None], rows: int = 0) -> str:
@@ -158,6 +170,7 @@ def _svg(found: Measured, title: str, draw: Callable[[Axes], None], rows: int = 
     text = text[text.index("<svg"):].replace(INK, "currentColor")
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r"\s*<style.*?</style>", "", text, flags=re.S)         # it would hold for the whole page
+    text = re.sub(r'<g id="(run-\w+)"', r'<g class="run \1"', text)
     text = re.sub(r'<g id="[^"]*"', "<g", text)                           # ids that every plot of a page would repeat
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
     text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',

@@ -25,9 +25,9 @@ from accel_tools.catalog import ROOT, Catalog, CatalogError, load
 from accel_tools.code_hash import Source
 from accel_tools.export import as_bib, as_csv, as_json, bib_entry
 from accel_tools.markdown_text import code, fence, md, number, prose
-from accel_tools.measured import Measured, Run, measured, models
+from accel_tools.measured import Run, measured, models
 from accel_tools.method_source import ModuleSource, parse
-from accel_tools.plots import figures
+from accel_tools.plots import figures, highlighted
 from accel_tools.render_readme import SOURCE, write
 from accel_tools.rows import fields, link
 from accel_tools.schema import TAG_AXES, Entry, Paper
@@ -108,6 +108,8 @@ def pages(site: Site) -> dict[str, str]:
     def add(path: str, template: str, **context) -> None:
         found[path] = _render(site, path, template, **context)
 
+    tables = [_table(site, model) for model in sorted(models(site.results, site.baselines),
+                                                      key=lambda model: model not in site.zoo)]
     tagged = {(axis, term): _tagged(catalog, axis, term)
               for axis in AXES for term in getattr(catalog.vocab, axis).terms}
     by_date = sorted(entries.values(), key=lambda entry: (entry.since, entry.slug))
@@ -116,7 +118,7 @@ def pages(site: Site) -> dict[str, str]:
     add("methods/index.md", "methods.md.j2", entries=by_date, facets=_facets(catalog))
     for slug, entry in entries.items():
         add(f"methods/{slug}.md", "method.md.j2", entry=entry, paper=entry.papers[0], code=site.methods.get(slug),
-            related=_related(catalog, entry), plots=_plots(site, slug),
+            related=_related(catalog, entry), plots=_plots(tables, slug),
             successors=[e for e in entries.values() if slug in e.builds_on],
             measured=_measured(site, entry), tested=_tested(site, slug))
     add("models.md", "models.md.j2", families=[_family(site, name) for name in FAMILIES])
@@ -133,8 +135,7 @@ def pages(site: Site) -> dict[str, str]:
     add("kernels/index.md", "kernels.md.j2", users=users)
     for name, module in site.kernels.items():
         add(f"kernels/{name}.md", "kernel.md.j2", name=name, module=module, users=users[name])
-    add("measured.md", "measured.md.j2", tables=[
-        _table(site, model) for model in sorted(models(site.results, site.baselines), key=lambda model: model not in site.zoo)])
+    add("measured.md", "measured.md.j2", tables=tables)
     add("zoo.md", "zoo.md.j2", curves={name: _curve(card["loss"]) for name, card in site.zoo.items()})
     add("corrections.md", "corrections.md.j2", errata=errata)
     add("download.md", "download.md.j2", errata=errata, sizes={name: len(found[name].encode()) for name in found
@@ -300,17 +301,13 @@ def _best(site: Site, slug: str, model: str) -> dict:
     return max(arms, key=lambda arm: arm.get("speedup", 0), default={})
 
 
-def _gathered(site: Site, model: str, results: dict[str, dict]) -> Measured:
-    names = {slug: entry.name for slug, entry in site.catalog.entries.items()}
-    return measured(model, results, site.baselines.get(model), names, site.hashes)
-
-
 def _table(site: Site, model: str) -> dict:
-    """All measurements of one model: its plots, and the columns and rows of its table."""
-    found = _gathered(site, model, site.results)
+    """All measurements of one model: its plots by name, and the columns and rows of its table."""
+    names = {slug: entry.name for slug, entry in site.catalog.entries.items()}
+    found = measured(model, site.results, site.baselines.get(model), names, site.hashes)
     keys = [key for key in METRICS if key != "latency_s" and not key.endswith("_spread")
             and any(_cell(run, key) is not None for run in found.runs)]
-    return {"model": model, "found": found, "plots": list(figures(found).values()), "runs": [
+    return {"model": model, "found": found, "plots": figures(found), "runs": [
         (run, [number(_cell(run, key), METRICS[key][1]) for key in keys]) for run in found.runs],
         "columns": [METRICS[key][0] for key in keys]}
 
@@ -319,11 +316,10 @@ def _cell(run: Run, key: str) -> object:
     return run.bound if key == "mac_bound" else run.arm.get(key)
 
 
-def _plots(site: Site, slug: str) -> dict[str, list[str]]:
-    """A method's place among the plain runs and the packages of others: model -> quality against speed, and the MAC bound."""
-    own = {slug: site.results[slug]} if slug in site.results else {}
-    made = {model: figures(_gathered(site, model, own)) for model in models(own)}
-    return {model: [plot for name, plot in plots.items() if name != "memory"] for model, plots in made.items() if plots}
+def _plots(tables: list[dict], slug: str) -> dict[str, list[str]]:
+    """A method's place among all others: model -> its quality against speed, and its MAC bound."""
+    return {table["model"]: [highlighted(plot, slug) for name, plot in table["plots"].items() if f"run-{slug}" in plot]
+            for table in tables if any(run.slug == slug for run in table["found"].runs)}
 
 
 def _measured(site: Site, entry: Entry) -> list[dict]:
@@ -346,6 +342,7 @@ def _measured(site: Site, entry: Entry) -> list[dict]:
             "facts": {key: record[key] for key in ("hardware", "commit", "date") if record.get(key)} | {
                 key: value for key, value in record.get("suite", {}).items() if key in ("rounds", "guidance", "seeds")},
             "versions": record.get("versions", {}),
+            "missing": {ARMS[arm]: reason for arm, reason in record.get("missing", {}).items()},
             "stale": record.get("code_hash") != site.hashes.get(entry.slug),
         })
     return found

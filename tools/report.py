@@ -31,7 +31,7 @@ from accel_tools.sweep import Bench, Suite, Work, work
 from accel_tools.tasks import TASKS, bundled
 
 OUT = ROOT / "build/report"
-SUITE = Suite("report", images=8, rounds=3, seeds=(0,))
+SUITE = Suite("report", images=8, rounds=2, seeds=(0,))
 CURVE = (10, 5)                                            # fewer steps that the plain model also takes
 
 
@@ -85,8 +85,8 @@ def measure(bench: Bench, methods: list[Work], names: dict[str, str]) -> dict[st
         runs.append(dataclasses.replace(run, arm=numbers, bound=allowed({"macs": bench.macs(plain)}, numbers)))
     found = Measured(task.model, runs, tuple(runs[0].arm["speedup_spread"]))
     plots, wanted = figures(found), ("pareto-psnr", "bound") if task.paired else (f"pareto-{task.score}",)
-    return {"model": task.model, "title": TASKS[task.model].title, "runs": runs, "failed": failed, "score": SCORES[task.score].lower(), "key": task.score,
-            "plots": [plots[name] for name in plots if name in wanted], "no_fewer": task.no_fewer_steps,
+    return {"model": task.model, "title": task.title, "runs": runs, "failed": failed, "score": SCORES[task.score].lower(),
+            "key": task.score, "plots": [plots[name] for name in plots if name in wanted], "no_fewer": task.no_fewer_steps,
             "pictures": [pictures(bench, arm) for _, arm in arms.values()], "asked": bench.prompts(0),
             "rows": {run.name: bench.images(arm, 0) for run, arm in arms.values() if run.kind != "fewer"}}
 

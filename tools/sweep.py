@@ -25,6 +25,7 @@ from accel_tools.tasks import TASKS, Task
 from accel_tools.timing import compare, interleave
 from methods._zoo import card
 
+NEW_PROCESS = 10                                  # seconds until one has imported all it needs and loaded a model
 Work = tuple[str, dict[str, Any]]                 # a method and its config
 
 
@@ -44,7 +45,7 @@ class Suite:
         return each + (place < more), place * each + min(place, more)
 
 
-QUICK = Suite("quick", images=48, rounds=3)
+QUICK = Suite("quick", images=12, rounds=3)
 PAPER = Suite("paper", images=500, rounds=9)
 
 
@@ -156,8 +157,10 @@ class Bench:
         return {name: compare(seconds["plain"], seconds["again" if name == "plain" else name]) for name in arms}
 
     def memory(self, arm: Arm) -> dict[str, Any]:
-        n = self.task.timed
-        return self.cells.numbers(self.identity("memory", arm, images=n), lambda: memory_of(self.task.model, arm, n))
+        return self.cells.numbers(self.memory_identity(arm), lambda: memory_of(self.task.model, arm, self.task.timed))
+
+    def memory_identity(self, arm: Arm) -> dict[str, Any]:
+        return self.identity("memory", arm, n=self.task.timed)
 
     def arm(self, arm: Arm, plain: Arm) -> tuple[dict[str, Any], dict[str, Any]]:
         """All that is known of an arm without a clock, and its patch's report."""
@@ -230,10 +233,10 @@ class Bench:
             rate = rate or self.rate(arms["plain"])
             for arm in arms.values():
                 total += timed * rate * self.macs(arm) * len(prompts) * (self.suite.rounds + 1)
-                for seed in self.suite.seeds:
-                    identity = self.images_identity(arm, seed)
+                for identity in (self.memory_identity(arm), *(self.images_identity(arm, seed) for seed in self.suite.seeds)):
                     if (key := json.dumps(identity)) not in seen and not self.cells.has(identity):
-                        total += rate * self.macs(arm) * identity["n"]
+                        memory = identity["what"] == "memory"              # a new process that samples three times
+                        total += rate * self.macs(arm) * identity["n"] * (3 if memory else 1) + memory * NEW_PROCESS
                     seen.add(key)
         return total
 

@@ -37,7 +37,7 @@ class Task:
     steps: int | None = 20
     guidance: float = 2.0
     batch: int = 50
-    timed: int = 4
+    timed: int = 2
     curve: tuple[int, ...] = (15, 10, 7, 5)
     score: str = "label_accuracy"
     kinds: tuple[str, ...] = ("patch",)           # of method that can work on it
@@ -192,7 +192,7 @@ TASKS: dict[str, Task] = {
     "unet": EmojiImages("unet", "Emoji from a UNet", guidance=3.0, score="retrieval"),
     "mmdit": EmojiImages("mmdit", "Emoji from a two-stream transformer", guidance=3.0, score="retrieval",
                          settings=(("max_sequence_length", 1),)),
-    "video_dit": DigitClips("video_dit", "Moving digits from a video transformer", guidance=3.0, batch=10, timed=2,
+    "video_dit": DigitClips("video_dit", "Moving digits from a video transformer", guidance=3.0, batch=10,
                             settings=(("max_sequence_length", text.SHORT),)),
     "ar": DigitTokens("ar", "Digits token by token", steps=None, curve=(), kinds=("decoder",)),
 }

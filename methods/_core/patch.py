@@ -71,6 +71,7 @@ class Patch:
         self.pipe, self.model = split_target(target)
         self.name, self.depth = name, depth
         self.solver = None
+        self.alone = False          # whether no other patch may be on the model, see `stand_alone`
         self.skipping = False       # whether this call leaves out the inside of the patched modules; set by caches
         self.counts: Counter[str] = Counter()
         self.features: list[Feature] = []
@@ -80,6 +81,9 @@ class Patch:
         self.run = Run.of(self.model)
         if any(other.name == name for other in self.run.patches):
             raise ValueError(f"{name} is already on this {type(self.model).__name__}: remove it before applying it again")
+        for other in self.run.patches:
+            if other.alone:
+                raise ValueError(f"{name} and {other.name} cannot stack: {other.name} runs the model in ways of its own")
         self.run.add(self)
 
     # ---- wiring, used by methods --------------------------------------------------------------------------------------
@@ -118,6 +122,18 @@ class Patch:
         """
         for module in modules:
             self.around(module, _as_it_is, opaque=True)
+
+    def stand_alone(self) -> None:
+        """Refuse every other patch on the model, there already or to come.
+
+        Raises:
+            ValueError: another patch is there.
+        """
+        self.alone = True
+        for other in self.run.patches:
+            if other is not self:
+                self.remove()
+                raise ValueError(f"{self.name} and {other.name} cannot stack: {self.name} runs the model in ways of its own")
 
     def reaches(self, module: nn.Module) -> bool:
         """Whether this call of the denoiser will run `module`, given what the caches on the model skip."""

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from accel_tools.measured import measured, models
-from accel_tools.plots import figures
+from accel_tools.plots import figures, highlighted
 
 NAMES = {"tome": "ToMe", "fora": "FORA"}
 
@@ -75,6 +75,13 @@ def test_each_plot_is_sound_and_every_run_is_named(results, baseline):
         assert {"0", "0.0"} & texts, name                                                     # an axis begins at zero
     assert "other package" not in "".join(plots.values()) and "real against real" in plots["pareto-frechet"]
     assert "3 MiB, 1 cached" in plots["memory"]
+
+
+def test_one_method_can_stand_out(results, baseline):
+    plot = figures(measured("dit", results, baseline, NAMES))["bound"]
+    assert plot.count('class="run run-tome"') == 3 and "run-fora" in plot                    # its mark, its spread, its name
+    shown = highlighted(plot, "tome")
+    assert shown.count('class="here"') == 3 and "run-tome" not in shown and shown.count("run-fora") == plot.count("run-fora")
 
 
 def test_lines_and_text_take_the_colour_of_the_page(results, baseline):
