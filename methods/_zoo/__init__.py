@@ -94,7 +94,6 @@ def _ar():
 
 
 MODELS = {"dit": _dit, "unet": _unet, "mmdit": _mmdit, "video_dit": _video_dit, "ar": _ar}
-MODELS = {name: make for name, make in MODELS.items() if (FOLDER / f"{name}.json").exists()}   # TEMPORARY
 
 
 def tiny(name: str):
