@@ -51,5 +51,5 @@ $(TOOLS): .venv/bin/python pyproject.toml constraints.txt
 	@touch $@
 
 $(TESTS): $(TOOLS)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[tools,test,peers]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[tools,test,peers,cluster]'
 	@touch $@

@@ -26,6 +26,9 @@ class Job(NamedTuple):
     method: str
     args: tuple
 
+    def __str__(self) -> str:
+        return f"{self.method} of {', '.join(map(str, self.args))} on {self.task.model}"
+
     def __call__(self) -> None:
         torch.set_num_threads(1)
         getattr(_bench(self.task, self.suite, self.cells), self.method)(*self.args)

@@ -8,6 +8,7 @@ plot set into a page reads on light and on dark. Every axis begins at zero.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -34,7 +35,7 @@ def figures(found: Measured) -> dict[str, str]:
     if found.score:
         wanted.insert(0, (found.score, SCORES[found.score], "higher"))
     for key, axis, better in wanted:
-        if any(run.arm.get(key) is not None for run in timed):
+        if any(_finite(run.arm.get(key)) for run in timed):
             made[f"pareto-{key}"] = _svg(found, f"{axis} against speed", lambda axes, k=key, a=axis, b=better:
                                          _pareto(axes, found, k, f"{a} ({b} is better)"))
     if any(run.bound for run in timed):
@@ -45,11 +46,16 @@ def figures(found: Measured) -> dict[str, str]:
     return made
 
 
+def _finite(value: float | None) -> bool:
+    """Whether a plot can show it; images that are equal to the plain ones are at an infinite PSNR."""
+    return value is not None and math.isfinite(value)
+
+
 # ---- the plots -----------------------------------------------------------------------------------------------------------
 
 def _pareto(axes: Axes, found: Measured, key: str, label: str) -> None:
     """Quality over measured speed-up: a method is worth its trouble on the better side of the line of fewer steps."""
-    runs = [run for run in found.runs if run.arm.get(key) is not None and (run.kind == "plain" or run.arm.get("speedup"))]
+    runs = [run for run in found.runs if _finite(run.arm.get(key)) and (run.kind == "plain" or run.arm.get("speedup"))]
     at = {id(run): (1.0 if run.kind == "plain" else run.arm["speedup"], run.arm[key]) for run in runs}
     line = sorted(at[id(run)] for run in runs if run.kind in ("plain", "fewer"))
     axes.plot(*zip(*line, strict=True), color=INK, linewidth=1, alpha=.7)
