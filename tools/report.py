@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.get_template("report.html.j2").render(
-        sections=sections, threads=torch.get_num_threads(), torch=torch.__version__, suite=SUITE)
+        sections=sections, threads=torch.get_num_threads(), torch=torch.__version__, suite=SUITE, infinity=math.inf)
     write(OUT / "index.html", page)
     if sections:
         named({name: row(images) for name, images in sections[0]["rows"].items()}).save(OUT / "samples.png", optimize=True)

@@ -197,8 +197,8 @@ class Entry(Strict):
     rows: list[Row] = []
     reported: list[Reported] = []
     fidelity: Fidelity | None = None
-    # configs that tools/bench.py measures on a bundled model; on one that is not named, the default
-    bench: dict[Slug, Annotated[list[dict[str, Setting]], Field(min_length=1)]] = {}
+    # configs that tools/bench.py measures on a bundled model, none if the list is empty; the default where it is not named
+    bench: dict[Slug, list[dict[str, Setting]]] = {}
     errata: list[Erratum] = []
     notes: Prose | None = None
     _slug: str = PrivateAttr("")
