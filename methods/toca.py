@@ -327,7 +327,7 @@ def _wire(patch: Patch, blocks: list[Block], schedule: str, scored: bool) -> tup
             hook.scored &= scored
             branches.append(hook)
             total = hook if branch.feeds else None
-            patch.around(branch.module, hook.total if branch.feeds else hook.around)
+            patch.around(branch.module, hook.total if branch.feeds else hook.around, opaque=branch.module is block.cross)
             for feed in branch.feeds:
                 if feed is not block.attn:
                     patch.around(feed, hook.feed)

@@ -86,6 +86,10 @@ class _Downsample:
     def projection(self, forward, x: Tensor) -> Tensor:
         return forward(x[:, self.index])
 
+    def whole(self, forward, **kwargs) -> tuple[Tensor, Tensor]:
+        """Around an attention whose projections are downsampled: no other method may shorten what they read."""
+        return forward(**kwargs)
+
 
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Downsample keys and values in the self-attention of the first two levels.
@@ -106,6 +110,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         if block.stream == "image":
             patch.around(block.attn, wired[-1][1].image)
         else:
+            patch.around(block.attn, wired[-1][1].whole)
             for projection in (block.attn.to_k, block.attn.to_v):
                 patch.around(projection, wired[-1][1].projection)
 
