@@ -1,6 +1,10 @@
 """Argument checks and row addressing that the ops share."""
 
+from collections.abc import Iterator
+
 import torch
+
+TILE = 1 << 18  # pairs held at a time: 1 MiB in fp32, which stays in one core's L2 cache
 
 
 def check_float(name: str, tensor: torch.Tensor, dims: str) -> None:
@@ -17,6 +21,33 @@ def check_index(name: str, index: torch.Tensor, batch: int) -> None:
         raise ValueError(f"{name} has shape {tuple(index.shape)}, allowed: ({batch}, any)")
     if index.dtype != torch.int64:
         raise ValueError(f"{name} has dtype {index.dtype}, allowed: torch.int64")
+
+
+def check_match(x: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sources (B, S) and destinations (B, D) in x (B, N, C), of which (S,) or (D,) serve all samples; refuses an empty dst."""
+    check_float("x", x, "(B, N, C)")
+    src, dst = (i.expand(x.shape[0], -1) if i.dim() == 1 else i for i in (src, dst))
+    check_index("src", src, x.shape[0])
+    check_index("dst", dst, x.shape[0])
+    if dst.shape[1] == 0:
+        raise ValueError(f"dst has shape {tuple(dst.shape)}, allowed: at least one destination")
+    return src, dst
+
+
+def source_tiles(x: torch.Tensor, src: torch.Tensor, targets: int) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """The rows of x (B, N, C) at src (B, S) in fp32, as many at a time as make `TILE` pairs with `targets` others each.
+
+    Yields samples, columns of src, and rows (b, s, C). Small batch elements share a tile.
+    """
+    rows, (batch, sources) = x.reshape(-1, x.shape[2]), src.shape
+    step = max(16, TILE // targets)
+    group = max(1, step // max(1, sources))
+    source = flat_rows(src, x.shape[1]).view(batch, sources)
+    for b in range(0, batch, group):
+        for s in range(0, sources, step):
+            tile = source[b : b + group, s : s + step]
+            query = rows.index_select(0, tile.flatten()).float().view(*tile.shape, -1)
+            yield slice(b, b + group), slice(s, s + step), query
 
 
 def flat_rows(index: torch.Tensor, length: int) -> torch.Tensor:

@@ -13,42 +13,25 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from accel_kernels._dispatch import pick
-from accel_kernels._shapes import check_float, check_index, flat_rows
-
-TILE = 1 << 18  # distances held at a time: 1 MiB in fp32, which stays in one core's L2 cache
+from accel_kernels._shapes import check_match, flat_rows, source_tiles
 
 
 def distance_match(x: Tensor, src: Tensor, dst: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """(distance, index) as in the module docstring; ValueError on a wrong shape, dtype or an empty `dst`."""
-    check_float("x", x, "(B, N, C)")
-    src, dst = (i.expand(x.shape[0], -1) if i.dim() == 1 else i for i in (src, dst))
-    check_index("src", src, x.shape[0])
-    check_index("dst", dst, x.shape[0])
-    if dst.shape[1] == 0:
-        raise ValueError(f"dst has shape {tuple(dst.shape)}, allowed: at least one destination")
-    return _distance_match(x, src, dst, impl)
+    return _distance_match(x, *check_match(x, src, dst), impl)
 
 
 def reference(x: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
-    """Tiled eager torch; src (B, S), dst (B, D). Small batch elements share a tile."""
-    (batch, length, channels), sources, targets = x.shape, src.shape[1], dst.shape[1]
-    rows = x.reshape(-1, channels)
-    target = rows.index_select(0, flat_rows(dst, length)).float().view(batch, targets, channels)
+    """Tiled eager torch; src (B, S), dst (B, D)."""
+    (batch, length, channels), targets = x.shape, dst.shape[1]
+    target = x.reshape(-1, channels).index_select(0, flat_rows(dst, length)).float().view(batch, targets, channels)
     square = target.square().sum(-1)[:, None]
-    distance = x.new_empty((batch, sources), dtype=torch.float32)
+    distance = x.new_empty(src.shape, dtype=torch.float32)
     index = torch.empty_like(distance, dtype=torch.int64)
-    step = max(16, TILE // targets)
-    group = max(1, step // max(1, sources))
-    source = flat_rows(src, length).view(batch, sources)
     with torch.autocast(x.device.type, enabled=False):
-        for b in range(0, batch, group):
-            for s in range(0, sources, step):
-                tile = source[b : b + group, s : s + step]
-                query = rows.index_select(0, tile.flatten()).float().view(*tile.shape, channels)
-                part = torch.baddbmm(square[b : b + group], query, target[b : b + group].mT, alpha=-2)
-                least, column = part.min(dim=-1)
-                distance[b : b + group, s : s + step] = (least + query.square().sum(-1)).clamp_min_(0)
-                index[b : b + group, s : s + step] = column
+        for b, s, query in source_tiles(x, src, targets):
+            least, index[b, s] = torch.baddbmm(square[b], query, target[b].mT, alpha=-2).min(dim=-1)
+            distance[b, s] = (least + query.square().sum(-1)).clamp_min_(0)
     return distance, index
 
 

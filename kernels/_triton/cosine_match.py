@@ -14,6 +14,14 @@ def tile(dtype: torch.dtype) -> dict[str, int]:
     return {"BS": 128, "BD": 64, "BC": 32, "num_warps": 8, "num_stages": 3}
 
 
+def launch(batch: int, sources: int, targets: int, constants: dict[str, int]) -> tuple[tuple[int, int, int], int]:
+    """The launch grid (source tiles, splits of the destinations, batch), and how many destinations a split has."""
+    tiles, columns = triton.cdiv(sources, constants["BS"]), triton.cdiv(targets, constants["BD"])
+    splits = min(columns, triton.cdiv(PROGRAMS, max(1, tiles * batch)))
+    span = triton.cdiv(columns, splits) * constants["BD"]
+    return (tiles, triton.cdiv(targets, span), batch), span
+
+
 @triton.jit
 def _row_norm_fwd_kernel(p_x, p_norm, rows, C, s_x, BR: tl.constexpr, BC: tl.constexpr):
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
@@ -69,16 +77,13 @@ def cosine_match(x: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> tuple
     (batch, length, channels), sources, targets = x.shape, src.shape[1], dst.shape[1]
     constants = tile(x.dtype)
     norm = torch.empty(batch, length, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(batch * length, 16),)
-    _row_norm_fwd_kernel[grid](x, norm, batch * length, channels, channels, BR=16, BC=128, num_warps=4)
-    tiles, columns = triton.cdiv(sources, constants["BS"]), triton.cdiv(targets, constants["BD"])
-    splits = min(columns, triton.cdiv(PROGRAMS, max(1, tiles * batch)))
-    span = triton.cdiv(columns, splits) * constants["BD"]
-    splits = triton.cdiv(targets, span)
-    score = torch.empty(batch, splits, sources, dtype=torch.float32, device=x.device)
-    index = torch.empty(batch, splits, sources, dtype=torch.int64, device=x.device)
+    rows = batch * length
+    _row_norm_fwd_kernel[(triton.cdiv(rows, 16),)](x, norm, rows, channels, channels, BR=16, BC=128, num_warps=4)
+    grid, span = launch(batch, sources, targets, constants)
+    score = torch.empty(batch, grid[1], sources, dtype=torch.float32, device=x.device)
+    index = torch.empty(batch, grid[1], sources, dtype=torch.int64, device=x.device)
     if score.numel():
-        _cosine_match_fwd_kernel[(tiles, splits, batch)](
+        _cosine_match_fwd_kernel[grid](
             x, norm, src, dst, score, index, length, channels, sources, targets, span, **constants
         )
     best, split = score.max(dim=1)  # on a tie the first split, which holds the lower columns

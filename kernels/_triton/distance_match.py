@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from accel_kernels._triton.cosine_match import PROGRAMS, tile
+from accel_kernels._triton.cosine_match import launch, tile
 
 
 @triton.jit
@@ -53,14 +53,11 @@ def distance_match(x: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> tup
     x, src, dst = x.contiguous(), src.contiguous(), dst.contiguous()
     (batch, length, channels), sources, targets = x.shape, src.shape[1], dst.shape[1]
     constants = tile(x.dtype)
-    tiles, columns = triton.cdiv(sources, constants["BS"]), triton.cdiv(targets, constants["BD"])
-    splits = min(columns, triton.cdiv(PROGRAMS, max(1, tiles * batch)))
-    span = triton.cdiv(columns, splits) * constants["BD"]
-    splits = triton.cdiv(targets, span)
-    distance = torch.empty(batch, splits, sources, dtype=torch.float32, device=x.device)
-    index = torch.empty(batch, splits, sources, dtype=torch.int64, device=x.device)
+    grid, span = launch(batch, sources, targets, constants)
+    distance = torch.empty(batch, grid[1], sources, dtype=torch.float32, device=x.device)
+    index = torch.empty(batch, grid[1], sources, dtype=torch.int64, device=x.device)
     if distance.numel():
-        _distance_match_fwd_kernel[(tiles, splits, batch)](
+        _distance_match_fwd_kernel[grid](
             x, src, dst, distance, index, length, channels, sources, targets, span, **constants
         )
     best, split = distance.min(dim=1)  # on a tie the first split, which holds the lower columns

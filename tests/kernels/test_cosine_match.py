@@ -42,7 +42,7 @@ def test_triton_agrees_with_the_reference(dtype, batch, tokens, sources, channel
 
 
 def test_reference_agrees_with_the_dense_product_over_several_tiles(monkeypatch):
-    monkeypatch.setattr("accel_kernels.cosine_match.TILE", 1500)
+    monkeypatch.setattr("accel_kernels._shapes.TILE", 1500)
     torch.manual_seed(2)
     x = torch.randn(5, 130, 24)
     for sources in (7, 90):  # whole batch elements in a tile, then parts of one

@@ -57,7 +57,7 @@ def test_positions_of_each_sample_and_no_sources(impl):
 def test_reference_over_several_tiles(monkeypatch):
     x, src, dst = torch.randn(3, 90, 8), torch.arange(60), torch.arange(60, 90)
     expected = distance_match(x, src, dst)
-    monkeypatch.setattr("accel_kernels.distance_match.TILE", 600)
+    monkeypatch.setattr("accel_kernels._shapes.TILE", 600)
     result = distance_match(x, src, dst)
     assert torch.equal(result[1], expected[1])
     torch.testing.assert_close(result[0], expected[0])
