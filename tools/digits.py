@@ -62,6 +62,11 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}          # rows, columns a frame
 
 
+def prompts() -> list[str]:
+    """What a clip can be asked for: ten digits by four directions, digit by digit."""
+    return [f"{word} moving {direction}" for word in WORDS for direction in DIRECTIONS]
+
+
 def placed(x: Tensor, places: Tensor) -> Tensor:
     """Digits (B, 1, 32, 32) shrunk to 20x20 and laid on black frames with their corners at `places` (B, F, 2), row and column
     in 0..12. -> (B, F, 1, 32, 32)"""

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -37,6 +37,16 @@ def address(*pictures: Image.Image, seconds: float = 0.16) -> str:
     more = dict(save_all=True, append_images=others, duration=int(1000 * seconds), loop=0) if others else {}
     first.save(png, "PNG", **more)
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+
+
+def sheet(rows: Sequence[Image.Image]) -> Image.Image:
+    """The rows below each other."""
+    whole = Image.new(rows[0].mode, (max(each.width for each in rows), sum(each.height for each in rows)))
+    top = 0
+    for each in rows:
+        whole.paste(each, (0, top))
+        top += each.height
+    return whole
 
 
 def named(rows: Mapping[str, Image.Image], margin: int = 130) -> Image.Image:

@@ -7,7 +7,7 @@
 """
 from __future__ import annotations
 
-import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -25,7 +25,7 @@ from methods._zoo import MODELS, card, text
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(ABC):
     """One bundled model, what it draws in words, and how it is run where nothing else is said.
 
     `steps` of the sampler and `curve`, the fewer steps it is also measured with; `batch` of a set of images and `timed`,
@@ -53,17 +53,17 @@ class Task:
         """The unaccelerated arm that `method` is compared with."""
         return Arm(self.steps)
 
+    @abstractmethod
     def prompts(self, n: int, first: int = 0) -> list[Any]:
         """The `n` prompts from number `first` on of an endless series."""
-        raise NotImplementedError
 
+    @abstractmethod
     def quality(self, images: Tensor, prompts: Sequence[Any]) -> dict[str, Any]:
         """The judge's verdict: `n`, `frechet`, `recall` by class, and shares of its own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def real_frechet(self, n: int) -> dict[str, Any]:
         """{frechet, n}: the distance of real images to other real ones."""
-        raise NotImplementedError
 
     def draw(self, pipe: Any, steps: int | None, prompts: Sequence[Any], *, seed: int, first: int, guidance: float) -> Tensor:
         """One batch of a set, in which it begins at number `first`; depends on nothing drawn before it."""
@@ -109,7 +109,7 @@ class DigitClips(Task):
     """Digits that move, by a phrase such as "seven moving left"."""
 
     def prompts(self, n, first=0):
-        return cycled([f"{digit} moving {way}" for digit, way in itertools.product(digits.WORDS, digits.DIRECTIONS)], n, first)
+        return cycled(digits.prompts(), n, first)
 
     def quality(self, images, prompts):
         found = quality.clip_quality(images, torch.tensor([digits.WORDS.index(prompt.split()[0]) for prompt in prompts]))

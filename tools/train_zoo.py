@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from accel_tools.pictures import row, sheet
 from accel_tools.recipes import ar, dit, emoji, judges, video
 from accel_tools.records import rounded
 from accel_tools.tasks import TASKS
@@ -42,16 +42,6 @@ def scored(name: str, n: int, steps: int | None, seed: int = 0) -> tuple[dict[st
                     "frechet_real_vs_real": task.real_frechet(n)["frechet"]}), images
 
 
-def sheet(images: Tensor, columns: int = 10) -> Image.Image:
-    """Images (n, C, H, W), or clips (n, F, C, H, W) one below the other, in [0, 1], as one picture at twice their size."""
-    if images.ndim == 5:
-        images, columns = images.flatten(0, 1), images.shape[1]
-    rows = images[:len(images) // columns * columns].expand(-1, 3, -1, -1).unflatten(0, (-1, columns))       # r c C H W
-    pixels = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    picture = Image.fromarray((pixels * 255).round().byte().numpy())
-    return picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=RECIPES)
@@ -69,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         command = " ".join(["python tools/train_zoo.py", *(argv or sys.argv[1:])])
         write_card(args.name, card(args.name) | {"command": command, "metrics": metrics})
         PICTURES.mkdir(parents=True, exist_ok=True)
-        sheet(images[:60 if images.ndim == 4 else 8]).save(PICTURES / f"{args.name}.png", optimize=True)
+        rows = images[:60].split(10) if images.ndim == 4 else images[:8]          # of a clip its frames
+        sheet([row(each) for each in rows]).save(PICTURES / f"{args.name}.png", optimize=True)
         print(metrics)
     return 0
 

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -21,6 +21,8 @@ from accel_tools.records import hardware
 ROOT = Path(__file__).parents[1]
 ZOO = ROOT / "methods/_zoo"
 CHECKPOINTS = ROOT / "build/zoo"
+SCHEDULER = dict(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing",
+                 rescale_betas_zero_snr=True, clip_sample=False)         # of all models that say v
 POSITIONS = "pos_embed.pos_embed"                 # constants that the models recompute
 
 
@@ -119,6 +121,22 @@ def train(run: Run, loss_of, path: Path, *, until: int | None = None, save_every
 def stratified(run: Run, size: int) -> Tensor:
     """(size,) numbers in [0, 1), one in each of `size` equal parts, so that every batch covers all noise levels."""
     return (torch.randperm(size, generator=run.random) + torch.rand(size, generator=run.random)) / size
+
+
+class Noised(NamedTuple):
+    """Noisy samples, their timesteps (B,), and v, what the model is to say of them; on the device to train on."""
+
+    x: Tensor
+    t: Tensor
+    v: Tensor
+
+
+def noised(run: Run, x0: Tensor, alphas: Tensor) -> Noised:
+    """`x0` (B, ...) with noise of levels spread over all of `alphas` (T,), the cumulative products of a scheduler."""
+    t = (stratified(run, len(x0)) * len(alphas)).long().clamp(max=len(alphas) - 1)
+    noise, at = torch.randn(x0.shape, generator=run.random), (-1, *[1] * (x0.ndim - 1))
+    a, s = alphas[t].sqrt().view(at), (1 - alphas[t]).sqrt().view(at)
+    return Noised((a * x0 + s * noise).to(device()), t.to(device()), (a * noise - s * x0).to(device()))
 
 
 def conditional(run: Run, x: Tensor, prompts: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -5,18 +5,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from methods._zoo.judge import stage
+
 
 class EmojiJudge(nn.Module):
     """(B, 3, 32, 32) in [-1, 1] -> cosine scores (B, classes) of known pictures; `features` gives unit vectors (B, 64)."""
 
     def __init__(self, classes: int, width: int = 32, features: int = 64):
         super().__init__()
-
-        def stage(c_in, c_out):
-            return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(),
-                                 nn.Conv2d(c_out, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(),
-                                 nn.MaxPool2d(2))
-
         self.stages = nn.Sequential(stage(3, width), stage(width, 2 * width), stage(2 * width, 4 * width))
         self.embed = nn.Sequential(nn.Flatten(), nn.Linear(4 * width * 16, features))
         self.classes = nn.Parameter(torch.randn(classes, features))

@@ -5,17 +5,18 @@ import torch
 from torch import Tensor, nn
 
 
+def stage(c_in: int, c_out: int) -> nn.Sequential:
+    """Two convolutions, (B, c_in, H, W) -> (B, c_out, H / 2, W / 2)."""
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(),
+                         nn.Conv2d(c_out, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(),
+                         nn.MaxPool2d(2))
+
+
 class Judge(nn.Module):
     """(B, 1, 32, 32) in [-1, 1] -> class scores (B, 10); `features` gives the (B, 64) layer before them."""
 
     def __init__(self, width: int = 32):
         super().__init__()
-
-        def stage(c_in, c_out):
-            return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(),
-                                 nn.Conv2d(c_out, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(),
-                                 nn.MaxPool2d(2))
-
         self.stages = nn.Sequential(stage(1, width), stage(width, 2 * width), stage(2 * width, 2 * width))
         self.embed = nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(2 * width * 16, 64), nn.ReLU())
         self.head = nn.Linear(64, 10)

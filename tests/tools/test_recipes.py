@@ -31,7 +31,7 @@ def test_a_clip_moves_a_pixel_a_frame_and_stays_in_view(way):
 
 def test_every_prompt_of_a_clip_is_in_the_vocabulary():
     tokens = video.text.t5_tokenizer()
-    ids = tokens(video.prompts(), padding="max_length", max_length=video.text.SHORT).input_ids
+    ids = tokens(digits.prompts(), padding="max_length", max_length=video.text.SHORT).input_ids
     assert len(ids) == 40 and len({tuple(row) for row in ids}) == 40
     assert all(tokens.unk_token_id not in row and len(row) == video.text.SHORT for row in ids)
 

@@ -8,12 +8,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from accel_tools import digits
-from accel_tools.training import CHECKPOINTS, Run, Trained, batch, carry, device, position_embedding, stratified, train, zero
+from accel_tools.training import (
+    CHECKPOINTS,
+    SCHEDULER,
+    Run,
+    Trained,
+    batch,
+    carry,
+    device,
+    noised,
+    position_embedding,
+    train,
+    zero,
+)
 
 DIT = dict(num_attention_heads=4, attention_head_dim=32, in_channels=1, out_channels=1, num_layers=6, sample_size=32,
            patch_size=2, num_embeds_ada_norm=1000)     # the pipeline hard-codes 1000 as the null class
-SCHEDULER = dict(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing",
-                 rescale_betas_zero_snr=True, clip_sample=False)
 NULL_CLASS = 1000
 
 
@@ -34,18 +44,14 @@ def v_loss(images: Tensor, y: Tensor, size: int) -> Callable[[Run], Tensor]:
     """Mean squared error of v at stratified noise levels; one label in ten is dropped."""
     from diffusers import DDIMScheduler
     alphas = DDIMScheduler(**SCHEDULER).alphas_cumprod
-    signal, noise_level = alphas.sqrt(), (1 - alphas).sqrt()
 
     def loss_of(run: Run) -> Tensor:
         x0, label = batch(run, images, y, size)
         label = torch.where(torch.rand(size, generator=run.random) < 0.1, NULL_CLASS, label)
-        t = (stratified(run, size) * 1000).long().clamp(max=999)
-        noise = torch.randn(x0.shape, generator=run.random)
-        a, s = signal[t].view(-1, 1, 1, 1), noise_level[t].view(-1, 1, 1, 1)
-        noisy, target = a * x0 + s * noise, a * noise - s * x0
+        noisy = noised(run, x0, alphas)
         with torch.autocast(device().type, dtype=torch.bfloat16):
-            v = run.model(noisy.to(device()), t.to(device()), label.to(device())).sample
-        return F.mse_loss(v.float(), target.to(device()))
+            v = run.model(noisy.x, noisy.t, label.to(device())).sample
+        return F.mse_loss(v.float(), noisy.v)
     return loss_of
 
 

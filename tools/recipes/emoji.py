@@ -14,11 +14,13 @@ from torch.nn import functional as F
 from accel_tools import emoji
 from accel_tools.training import (
     CHECKPOINTS,
+    SCHEDULER,
     Run,
     Trained,
     carry,
     conditional,
     device,
+    noised,
     position_embedding,
     stratified,
     train,
@@ -26,8 +28,7 @@ from accel_tools.training import (
 )
 from methods._zoo import text
 
-SCHEDULER = dict(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing",
-                 rescale_betas_zero_snr=True, clip_sample=False, steps_offset=1)
+DDIM = SCHEDULER | {"steps_offset": 1}                          # or the pipeline warns
 UNET = dict(sample_size=32, in_channels=3, out_channels=3, block_out_channels=(32, 64, 128), layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -61,18 +62,15 @@ def unet_of(size: int) -> nn.ModuleDict:
 def v_loss(ids: Tensor, pictures: Tensor, size: int) -> Callable[[Run], Tensor]:
     """Mean squared error of v at stratified noise levels; one prompt in ten is dropped."""
     from diffusers import DDIMScheduler
-    alphas = DDIMScheduler(**SCHEDULER).alphas_cumprod
-    signal, noise_level = alphas.sqrt(), (1 - alphas).sqrt()
+    alphas = DDIMScheduler(**DDIM).alphas_cumprod
 
     def loss_of(run: Run) -> Tensor:
         x0, prompt = conditional(run, pictures, ids, size)
-        t = (stratified(run, size) * 1000).long().clamp(max=999)
-        noise = torch.randn(x0.shape, generator=run.random)
-        a, s = signal[t].view(-1, 1, 1, 1), noise_level[t].view(-1, 1, 1, 1)
+        noisy = noised(run, x0, alphas)
         with torch.autocast(device().type, dtype=torch.bfloat16):
             words = run.model["text_encoder"](prompt.to(device())).last_hidden_state
-            v = run.model["unet"]((a * x0 + s * noise).to(device()), t.to(device()), words).sample
-        return F.mse_loss(v.float(), (a * noise - s * x0).to(device()))
+            v = run.model["unet"](noisy.x, noisy.t, words).sample
+        return F.mse_loss(v.float(), noisy.v)
     return loss_of
 
 
@@ -89,7 +87,7 @@ def train_unet(seed: int, scale: float) -> Trained:
     model.load_state_dict(three.averaged.state_dict())
     run = Run(model, steps=round(800 * scale), lr=8e-4, average=0.998, seed=seed + 2)
     train(run, v_loss(ids, pictures, 16), CHECKPOINTS / "unet.ckpt")
-    return Trained(run.after(three.after(six)), {"unet": UNET, "text": UNET_TEXT, "scheduler": SCHEDULER}, batch=16,
+    return Trained(run.after(three.after(six)), {"unet": UNET, "text": UNET_TEXT, "scheduler": DDIM}, batch=16,
                    data=f"npm {emoji.PACKAGE}, names as prompts: {six.steps} steps of 32 at 16x16 on six groups, {three.steps} "
                         f"more on the {len(pictures)} pictures of three, then {run.steps} steps of 16 at 32x32")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from accel_tools import digits
-from accel_tools.training import CHECKPOINTS, Run, Trained, device, stratified, train, zero
+from accel_tools.training import CHECKPOINTS, SCHEDULER, Run, Trained, device, noised, train, zero
 from methods._zoo import text
 
 TRANSFORMER = dict(num_attention_heads=4, attention_head_dim=32, in_channels=1, out_channels=1, time_embed_dim=128,
@@ -19,14 +19,8 @@ TRANSFORMER = dict(num_attention_heads=4, attention_head_dim=32, in_channels=1, 
                    patch_size=4, temporal_compression_ratio=1, max_text_seq_length=text.SHORT,
                    use_rotary_positional_embeddings=True)
 TEXT = dict(d_model=64, d_kv=32, d_ff=128, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")
-SCHEDULER = dict(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing",
-                 rescale_betas_zero_snr=True, clip_sample=False, snr_shift_scale=1.0)
+DDIM = SCHEDULER | {"snr_shift_scale": 1.0}
 LENGTHS = ((text.SHORT, 0.9), (226, 0.1))       # to which prompts are padded; the pipeline's default is 226
-
-
-def prompts() -> list[str]:
-    """All forty: ten digits by four directions, digit by digit."""
-    return [f"{word} moving {direction}" for word in digits.WORDS for direction in digits.DIRECTIONS]
 
 
 def models(layers: int = TRANSFORMER["num_layers"]) -> nn.ModuleDict:
@@ -50,11 +44,11 @@ def loss_at(side: int, size: int) -> Callable[[Run], Tensor]:
     """Mean squared error of v on `size` clips of `side` x `side` pixels at stratified noise levels; one prompt in ten is
     dropped."""
     from diffusers import CogVideoXDDIMScheduler
-    alphas = CogVideoXDDIMScheduler(**SCHEDULER).alphas_cumprod.float()
-    signal, noise_level = alphas.sqrt(), (1 - alphas).sqrt()
+    alphas = CogVideoXDDIMScheduler(**DDIM).alphas_cumprod.float()
     x, y = digits.split(held_out=False)
     tokenizer, (lengths, chances) = text.t5_tokenizer(), zip(*LENGTHS, strict=True)
-    ids = {n: tokenizer([*prompts(), ""], padding="max_length", max_length=n, return_tensors="pt").input_ids for n in lengths}
+    asked = [*digits.prompts(), ""]
+    ids = {n: tokenizer(asked, padding="max_length", max_length=n, return_tensors="pt").input_ids for n in lengths}
     positions = tuple(part.to(device()) for part in rotary(side // TRANSFORMER["patch_size"]))
 
     def loss(run: Run) -> Tensor:
@@ -63,16 +57,13 @@ def loss_at(side: int, size: int) -> Callable[[Run], Tensor]:
         clips = digits.moving(x[index], direction, run.random)
         x0 = F.avg_pool2d(clips.flatten(0, 1), digits.CANVAS // side).unflatten(0, (size, digits.FRAMES))
         dropped = torch.rand(size, generator=run.random) < 0.1
-        prompt = torch.where(dropped, len(prompts()), y[index] * len(digits.DIRECTIONS) + direction)
+        prompt = torch.where(dropped, len(asked) - 1, y[index] * len(digits.DIRECTIONS) + direction)
         length = lengths[int(torch.multinomial(torch.tensor(chances), 1, generator=run.random))]
-        t = (stratified(run, size) * 1000).long().clamp(max=999)
-        noise = torch.randn(x0.shape, generator=run.random)
-        a, s = signal[t].view(-1, 1, 1, 1, 1), noise_level[t].view(-1, 1, 1, 1, 1)
-        noisy, t = (a * x0 + s * noise).to(device()), t.to(device())
+        noisy = noised(run, x0, alphas)
         with torch.autocast(device().type, dtype=torch.bfloat16):
             words = run.model["text_encoder"](ids[length][prompt].to(device())).last_hidden_state
-            v = run.model["transformer"](noisy, words, t, image_rotary_emb=positions).sample
-        return F.mse_loss(v.float(), (a * noise - s * x0).to(device()))
+            v = run.model["transformer"](noisy.x, words, noisy.t, image_rotary_emb=positions).sample
+        return F.mse_loss(v.float(), noisy.v)
     return loss
 
 
@@ -84,6 +75,6 @@ def train_video(seed: int, scale: float) -> Trained:
     model.load_state_dict(first.averaged.state_dict())
     run = Run(model, steps=round(700 * scale), lr=8e-4, average=0.997, seed=seed + 1)
     train(run, loss_at(32, 8), CHECKPOINTS / "video_dit.ckpt")
-    return Trained(run.after(first), {"transformer": TRANSFORMER, "text": TEXT, "scheduler": SCHEDULER}, batch=8,
+    return Trained(run.after(first), {"transformer": TRANSFORMER, "text": TEXT, "scheduler": DDIM}, batch=8,
                    data=f"npm {digits.PACKAGE}: 8,000 training images, shrunk to 20x20 and moved over 8 frames of 32x32 by a "
                         f"pixel a frame; first {first.steps} steps of 16 clips at 16x16, then {run.steps} steps of 8 at 32x32")
