@@ -52,7 +52,7 @@ from methods._core.attention import leave, qkv
 from methods._core.context import StepContext
 from methods._core.denoiser import Block, Denoiser, describe
 from methods._core.patch import TOKENS, Feature, Patch
-from methods._core.tokens import Plan, merge_plan
+from methods._core.tokens import Plan, merge_plan, others
 
 __all__ = ["OFF", "Config", "Tiers", "apply", "cells", "kept", "measure", "ratio", "tiers"]
 
@@ -96,8 +96,7 @@ def cells(grid: tuple[int, int, int], stride: tuple[int, int, int], random: torc
     start = torch.meshgrid(*(torch.arange(n) for n in counts), indexing="ij")
     f, y, x = (a * s + b + c for a, s, b, c in zip(start, stride, inside, shift, strict=True))
     dst = ((f * grid[1] + y) * grid[2] + x).flatten().sort().values
-    free = torch.ones(math.prod(grid), dtype=torch.bool).index_fill_(0, dst, False)
-    return dst, free.nonzero()[:, 0]
+    return dst, others(dst, math.prod(grid))
 
 
 def kept(tokens: int, dst: int, share: float) -> int:

@@ -50,6 +50,7 @@ from accel_kernels.rows import gather_rows, scatter_rows
 from methods._core.context import StepContext
 from methods._core.denoiser import describe
 from methods._core.patch import Feature, Patch
+from methods._core.tokens import others
 
 __all__ = ["OFF", "Config", "apply", "features", "first_selection", "kmeans", "next_selection", "pool", "smooth"]
 
@@ -165,8 +166,7 @@ def next_selection(delta: Tensor, labels: Tensor, frequency: Tensor, k: int, clu
 
 def _filled(chosen: Tensor, values: Tensor, k: int) -> Tensor:
     """`chosen` without repeats and, up to k tokens, those of largest value among the others. -> (k,) ascending."""
-    free = torch.ones(len(values), dtype=torch.bool).index_fill_(0, chosen, False)
-    more = _ranked(values, free.nonzero()[:, 0], k - len(chosen.unique()))
+    more = _ranked(values, others(chosen, len(values)), k - len(chosen.unique()))
     return torch.cat([chosen.unique(), more]).sort().values
 
 

@@ -266,9 +266,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     layers = [_Layer(block) for block in denoiser.blocks if block.level == 0 and any(config.ratios)]
     if any(config.ratios):
         patch.require(layers, "self-attention at full resolution")
-    if patch.pipe is None:
-        patch.remove()
-        raise ValueError("dato counts the steps of a run: apply it to the pipeline, not to the bare model")
+    patch.require_pipeline()
     output = _Output(patch.feature(), patch.feature())
     patch.around(patch.model, output.around)
     skips = [_Deep(patch.feature() if module is deep[-1] else None) for module in deep]
@@ -287,7 +285,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         patch.counts[stage] += 1
         if stage == "reused":
             return
-        random = torch.Generator().manual_seed(config.seed * 1_000_003 + context.i)
+        random = context.random(config.seed)
         ratio = config.ratios[context.i * len(config.ratios) // context.steps]
         turned = config.random_sign and bool(torch.rand((), generator=random) < 0.5)
         for layer in layers:

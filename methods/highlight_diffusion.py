@@ -108,30 +108,25 @@ class _Sampler:
     """Around the model. The host sets `box`, rows and columns of the latent to compute (None: all of it), and `mask`."""
 
     def __init__(self, patch: Patch, noise: Feature):
-        self.signature, self.model, self.noise = patch.run.signature, patch.model, noise
+        self.run, self.noise = patch.run, noise
         self.box: tuple[slice, slice] | None = None
         self.mask: Tensor | None = None
 
     def around(self, forward, *args, **kwargs):
         if self.box is None:
             result = forward(*args, **kwargs)
-            self.noise.value = _first(result)
+            self.noise.value = result[0]
             return result
-        inputs = dict(self.signature.bind(self.model, *args, **kwargs).arguments)
-        inputs.pop("self")
+        inputs = self.run.inputs(args, kwargs)
         name = "sample" if "sample" in inputs else "hidden_states"
         result = forward(**inputs | {name: inputs[name][..., self.box[0], self.box[1]]})
         out = self.noise.value.clone()
         kept = out[..., self.box[0], self.box[1]]
-        out[..., self.box[0], self.box[1]] = torch.where(self.mask[:, None], _first(result), kept)
+        out[..., self.box[0], self.box[1]] = torch.where(self.mask[:, None], result[0], kept)
         if isinstance(result, tuple):
             return out, *result[1:]
         result.sample = out
         return result
-
-
-def _first(result: Any) -> Tensor:
-    return result[0] if isinstance(result, tuple) else result.sample
 
 
 def apply(target: Any, config: Config = Config()) -> Patch:

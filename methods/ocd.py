@@ -50,7 +50,7 @@ from methods._core.context import StepContext
 from methods._core.denoiser import Block, Denoiser, describe
 from methods._core.patch import TOKENS, Patch
 from methods._core.tokens import merge_plan
-from methods.tome import destinations, reduction
+from methods.tome import partition, reduction
 
 __all__ = ["OFF", "Config", "apply", "foreground", "weighted"]
 
@@ -135,7 +135,7 @@ class _Sampler:
     """
 
     def __init__(self, patch: Patch, merges: list[_Merge]):
-        self.signature, self.model, self.feature, self.merges = patch.run.signature, patch.model, patch.feature(), merges
+        self.run, self.feature, self.merges = patch.run, patch.feature(), merges
         self.crop: tuple[slice, slice] | None = None
         self.grid: tuple[int, int] = (0, 0)
         self.inside = self.tokens = None
@@ -144,16 +144,15 @@ class _Sampler:
     def around(self, forward, *args, **kwargs):
         if self.crop is None:
             return forward(*args, **kwargs)
-        inputs = dict(self.signature.bind(self.model, *args, **kwargs).arguments)
-        inputs.pop("self")
+        inputs = self.run.inputs(args, kwargs)
         if self.frame:
-            self.feature.value = _first(forward(**inputs))
+            self.feature.value = forward(**inputs)[0]
         for merge in self.merges:
             merge.part = "crop"
         result = forward(**self.cut(inputs))
         for merge in self.merges:
             merge.part = "frame"
-        out, part = self.planes(self.feature.value, self.grid), self.planes(_first(result), self.inside.shape[-2:])
+        out, part = self.planes(self.feature.value, self.grid), self.planes(result[0], self.inside.shape[-2:])
         out = out.clone()
         out[..., self.crop[0], self.crop[1]] = torch.where(self.inside, part, out[..., self.crop[0], self.crop[1]])
         out = out if self.feature.value.ndim > 3 else out.flatten(2).mT
@@ -176,10 +175,6 @@ class _Sampler:
         if inputs.get("image_rotary_emb") is not None:
             cut["image_rotary_emb"] = tuple(part[self.tokens.to(part.device)] for part in inputs["image_rotary_emb"])
         return inputs | cut
-
-
-def _first(result: Any) -> Tensor:
-    return result[0] if isinstance(result, tuple) else result.sample
 
 
 def apply(target: Any, config: Config = Config()) -> Patch:
@@ -229,8 +224,8 @@ def _partition(denoiser: Denoiser, block: Block, inputs: dict, config: Config, d
                whole: bool = False) -> tuple[Tensor, Tensor, Tensor, int]:
     """Sources, destinations, which sources are foreground (in a crop, all: `whole`), and how many sources merge."""
     frames, height, width = denoiser.grid(inputs, block)
-    dst = destinations(frames, height, width, config.stride, torch.Generator().manual_seed(config.seed))
-    src = torch.ones(frames * height * width, dtype=torch.bool).index_fill_(0, dst, False).nonzero()[:, 0]
+    src, dst = partition((frames, height, width), config.stride, torch.Generator().manual_seed(config.seed),
+                         torch.device("cpu"))
     fore = torch.ones(frames, height, width, dtype=torch.bool) if whole else foreground(config, frames, height, width)
     r = reduction(len(src) + len(dst), len(dst), config.ratio) if len(dst) else 0
     return src.to(device), dst.to(device), fore.flatten()[src].to(device), r

@@ -41,7 +41,7 @@ from methods._core.denoiser import describe
 from methods._core.patch import TOKENS, Patch
 from methods._core.reduction import Reduction
 from methods._core.tokens import Plan
-from methods.tome import Matching, partition, reduction
+from methods.tome import Matching
 
 __all__ = ["OFF", "Config", "apply", "mlerp", "prunes"]
 
@@ -110,11 +110,8 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         for layer, done in layers:
             if not patch.reaches(layer.block.attn):
                 continue
-            matching = layer.planner
-            matching.src, matching.dst = partition(denoiser.grid(context.inputs, layer.block), config.stride, random,
-                                                   context.sample.device)
-            layer.tokens = len(matching.src) + len(matching.dst)
-            matching.r = reduction(layer.tokens, len(matching.dst), config.ratio)
+            layer.tokens = layer.planner.place(denoiser.grid(context.inputs, layer.block), config.stride, random,
+                                               config.ratio, context.sample.device)
             patch.counts[done] += 1
 
     patch.each_call(draw)

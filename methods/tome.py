@@ -41,7 +41,7 @@ from methods._core.context import StepContext
 from methods._core.denoiser import Block, describe
 from methods._core.patch import TOKENS, Patch
 from methods._core.reduction import Reduction
-from methods._core.tokens import Plan, match_plan
+from methods._core.tokens import Plan, match_plan, others
 
 __all__ = ["OFF", "Config", "Matching", "apply", "destinations", "partition", "reduction"]
 
@@ -87,17 +87,24 @@ def partition(grid: tuple[int, int, int], stride: int, random: torch.Generator |
               ) -> tuple[Tensor, Tensor]:
     """Sources and destinations of a grid (frames, height, width), ascending positions on `device`. -> (S,), (D,)"""
     dst = destinations(*grid, stride, random)
-    src = torch.ones(prod(grid), dtype=torch.bool).index_fill_(0, dst, False).nonzero().squeeze(1)
+    src = others(dst, prod(grid))
     return src.to(device), dst.to(device)
 
 
 class Matching:
-    """Plans one block: matches sources with destinations and cuts the list at r. The host sets all three before each call."""
+    """Plans one block: matches sources with destinations and cuts the list at r. The host calls `place` before each call."""
 
     def __init__(self, block: Block):
         self.shared = block.rotary
         self.src = self.dst = None
         self.r = 0
+
+    def place(self, grid: tuple[int, int, int], stride: int, random: torch.Generator | None, ratio: float,
+              device: torch.device) -> int:
+        """Partition a grid (frames, height, width) and choose how much of it to merge. -> its number of tokens"""
+        self.src, self.dst = partition(grid, stride, random, device)
+        self.r = reduction(prod(grid), len(self.dst), ratio)
+        return prod(grid)
 
     def __call__(self, x: Tensor) -> Plan:
         return match_plan(x, self.src, self.dst, self.r, shared=self.shared)
@@ -125,11 +132,8 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     def draw(context: StepContext) -> None:
         random = context.random(config.seed) if config.random else None
         for layer in (layer for layer in layers if patch.reaches(layer.block.attn)):
-            matching = layer.planner
-            matching.src, matching.dst = partition(denoiser.grid(context.inputs, layer.block), config.stride, random,
-                                                   context.sample.device)
-            layer.tokens = len(matching.src) + len(matching.dst)
-            matching.r = reduction(layer.tokens, len(matching.dst), config.ratio)
+            layer.tokens = layer.planner.place(denoiser.grid(context.inputs, layer.block), config.stride, random,
+                                               config.ratio, context.sample.device)
             patch.counts["merged"] += 1
 
     patch.each_call(draw)

@@ -154,8 +154,7 @@ class Run:
         if self.thread not in (None, here) or not self.lock.acquire(blocking=False):
             raise RuntimeError("one patched model is used from two threads; give each thread its own copy of the model")
         self.thread = here
-        inputs = dict(self.signature.bind(module, *args, **kwargs).arguments)
-        inputs.pop("self")
+        inputs = self.inputs(args, kwargs)
         context = self._context(inputs)
         changed = {}
         for patch in self.patches:
@@ -165,6 +164,12 @@ class Run:
     def _after(self, module, args, output) -> None:
         if self.lock.locked() and self.thread == threading.get_ident():
             self.lock.release()
+
+    def inputs(self, args: tuple, kwargs: dict) -> dict[str, Any]:
+        """The arguments of a call of the model by name."""
+        bound = dict(self.signature.bind(self.model, *args, **kwargs).arguments)
+        bound.pop("self")
+        return bound
 
     def _context(self, inputs: dict) -> StepContext:
         sample = inputs["sample"] if "sample" in inputs else inputs["hidden_states"]

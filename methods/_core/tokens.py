@@ -39,6 +39,11 @@ class Plan(NamedTuple):
         return unmerge(y, self.segments)
 
 
+def others(positions: Tensor, tokens: int) -> Tensor:
+    """The positions of 0 to `tokens` - 1 that are not among `positions` (K,), ascending."""
+    return torch.ones(tokens, dtype=torch.bool).index_fill_(0, positions, False).nonzero().squeeze(1)
+
+
 def match_plan(x: Tensor, src: Tensor, dst: Tensor, r: int, *, shared: bool = False) -> Plan:
     """Greedy bipartite matching: the `r` sources most similar to a destination go into it, the others stay alone.
 

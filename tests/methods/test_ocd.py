@@ -6,6 +6,7 @@ from families import FAMILIES
 from methods import ocd
 from methods._core.solver import ddim_step, flow_step
 from methods._core.tokens import merge_plan
+from methods.tome import destinations
 
 
 @pytest.mark.parametrize("check, case", contract.cases(ocd, ocd.Config()), ids=contract.name)
@@ -130,7 +131,7 @@ def test_one_attention_in_a_loop():
         attn.register_forward_hook(lambda _, args, out: seen.update(x=args[0], out=out))
         FAMILIES["dit"].run(pipe, steps=1)
     x, n = seen["x"], 64
-    dst = ocd.destinations(1, 8, 8, 2, torch.Generator().manual_seed(0)).tolist()
+    dst = destinations(1, 8, 8, 2, torch.Generator().manual_seed(0)).tolist()
     fore = ocd.foreground(config, 1, 8, 8).flatten().tolist()
     src = [i for i in range(n) if i not in dst]
     q, k, v = (getattr(attn, name)(x).unflatten(2, (attn.heads, -1)).transpose(1, 2) for name in ("to_q", "to_k", "to_v"))
