@@ -86,10 +86,6 @@ class _Downsample:
     def projection(self, forward, x: Tensor) -> Tensor:
         return forward(x[:, self.index])
 
-    def whole(self, forward, **kwargs) -> tuple[Tensor, Tensor]:
-        """Around an attention whose projections are downsampled: no other method may shorten what they read."""
-        return forward(**kwargs)
-
 
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Downsample keys and values in the self-attention of the first two levels.
@@ -110,7 +106,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         if block.stream == "image":
             patch.around(block.attn, wired[-1][1].image)
         else:
-            patch.around(block.attn, wired[-1][1].whole)
+            patch.guard([block.attn], opaque=False)              # no other method may shorten what the projections read
             for projection in (block.attn.to_k, block.attn.to_v):
                 patch.around(projection, wired[-1][1].projection)
 

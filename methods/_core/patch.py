@@ -114,14 +114,15 @@ class Patch:
         site.opaque = self if opaque else site.opaque
         self._modules.append(module)
 
-    def guard(self, modules: Iterable[nn.Module]) -> None:
-        """Leave `modules` as they are and refuse other patches on them, whose tokens or stored outputs would not fit.
+    def guard(self, modules: Iterable[nn.Module], *, opaque: bool = True) -> None:
+        """Leave `modules` as they are and refuse other patches on them, whose tokens or stored outputs would not fit; unless
+        `opaque`, patches of another depth may still stand on them.
 
         Raises:
             ValueError: another patch already stands on one of them.
         """
         for module in modules:
-            self.around(module, _as_it_is, opaque=True)
+            self.around(module, _as_it_is, opaque=opaque)
 
     def stand_alone(self) -> None:
         """Refuse every other patch on the model, there already or to come.
