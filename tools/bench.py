@@ -7,6 +7,7 @@
     python tools/bench.py --method tome --realistic  speed on models of real size with random weights, beside the MAC bound
     python tools/bench.py --overhead                 what an applied off switch costs
     python tools/bench.py --plans                    what reducing tokens costs by itself, beside the tomesd package
+    python tools/bench.py --studies                  DaTo's plans searched for, and how well ToMe binds attributes
     python tools/bench.py --catalog                  how the catalogue tools grow
     python tools/bench.py --kernels                  Triton kernels against their references
 
@@ -27,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from accel_tools import catalog_bench, cluster, kernel_bench, plan_bench, records
+from accel_tools import catalog_bench, cluster, kernel_bench, plan_bench, records, studies
 from accel_tools.catalog import ROOT, load
 from accel_tools.cells import Cells
 from accel_tools.realistic import CASES, SWITCHES, Case, Realistic
@@ -135,6 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--realistic", action="store_true")
     parser.add_argument("--overhead", action="store_true")
     parser.add_argument("--plans", action="store_true")
+    parser.add_argument("--studies", action="store_true")
     parser.add_argument("--catalog", action="store_true")
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--rounds", type=int,
@@ -143,7 +145,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     cells, failed = Cells(FOLDER), []
-    if args.suite or not (args.realistic or args.overhead or args.plans or args.catalog or args.kernels):
+    if args.suite or not (args.realistic or args.overhead or args.plans or args.studies or args.catalog
+                          or args.kernels):
         failed += suite(args, cells)
     if args.realistic:
         failed += each_case(CASES, Realistic(cells, args.rounds or 5).record, args)
@@ -151,6 +154,11 @@ def main(argv: list[str] | None = None) -> int:
         failed += each_case(SWITCHES, Realistic(cells, args.rounds or 31).overhead, args)
     if args.plans:
         print(json.dumps(records.write_plans(plan_bench.measure(args.rounds or 9)), indent=1), flush=True)
+    if args.studies:
+        for slug in args.method or studies.STUDIES:
+            found = studies.study(slug, FOLDER.parent)
+            records.write_study(slug, found)
+            print(json.dumps(records.rounded(found), indent=1), flush=True)
     if args.catalog:
         for n in (52, 500, 5000):
             print(json.dumps(catalog_bench.measure(n)), flush=True)

@@ -163,6 +163,14 @@ def emoji_quality(images: Tensor, names: Sequence[str]) -> dict[str, Any]:
             "frechet": distance(features, *moments(real_features))}
 
 
+@torch.no_grad()
+def nearest_emoji(images: Tensor, names: Sequence[str]) -> list[str]:
+    """Of images (B, 3, 32, 32) in [0, 1], which of the emoji called `names` each is nearest to in the judge's features."""
+    judge, real = _judge("emoji_judge")
+    places = [card("emoji_judge")["names"].index(name) for name in names]
+    return [names[best] for best in (_features(judge, images) @ real["features"].float()[places].T).argmax(1).tolist()]
+
+
 def emoji_groups() -> list[str]:
     """The groups of emoji the judge knows, sorted."""
     return sorted(set(card("emoji_judge")["groups"]))

@@ -1,8 +1,9 @@
 """What stands in catalog/results/<slug>.json and catalog/baselines/<model>.json: measured records, each with all that is
 needed to repeat or to doubt it.
 
-Results: a record for each model and config, with its arms. Since schema 2 a record may come from any bundled model, name its
-score, and say under `missing` why an arm does not exist; those of schema 1 read the same.
+Results: a record for each model and config, with its arms, and in some a `study`, a table that only this method has. Since
+schema 2 a record may come from any bundled model, name its score, and say under `missing` why an arm does not exist; those
+of schema 1 read the same.
 Baselines: what a model does without this library, along a curve of fewer steps, and under the packages of others.
 """
 from __future__ import annotations
@@ -76,9 +77,16 @@ def rounded(value: Any) -> Any:
 def write(slug: str, records: list[dict[str, Any]], folder: Path = ROOT / "catalog/results") -> Path:
     """Put `records` into the method's file in place of those of the same model and config; others stay."""
     path = folder / f"{slug}.json"
-    old = _read(path).get("records", [])
-    new = {(record["model"], json.dumps(record["config"], sort_keys=True)): record for record in [*old, *rounded(records)]}
-    return _write(path, {"schema": 2, "method": slug, "records": list(new.values())})
+    old = _read(path)
+    new = {(record["model"], json.dumps(record["config"], sort_keys=True)): record
+           for record in [*old.get("records", []), *rounded(records)]}
+    return _write(path, old | {"schema": 2, "method": slug, "records": list(new.values())})
+
+
+def write_study(slug: str, study: dict[str, Any], folder: Path = ROOT / "catalog/results") -> Path:
+    """Put `study`, a table that only this method has, into the method's file."""
+    path = folder / f"{slug}.json"
+    return _write(path, {"schema": 2, "method": slug, "records": []} | _read(path) | {"study": rounded(study)})
 
 
 def write_baseline(model: str, part: dict[str, Any], folder: Path = ROOT / "catalog/baselines") -> Path:

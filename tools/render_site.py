@@ -120,7 +120,7 @@ def pages(site: Site) -> dict[str, str]:
         add(f"methods/{slug}.md", "method.md.j2", entry=entry, paper=entry.papers[0], code=site.methods.get(slug),
             related=_related(catalog, entry), plots=_plots(tables, slug),
             successors=[e for e in entries.values() if slug in e.builds_on],
-            measured=_measured(site, entry), tested=_tested(site, slug))
+            measured=_measured(site, entry), study=_study(site, slug), tested=_tested(site, slug))
     add("models.md", "models.md.j2", families=[_family(site, name) for name in FAMILIES])
     add("stacking.md", "stacking.md.j2", stacking=_stacking(site))
     add("tags/index.md", "tags.md.j2", tagged=tagged, axes=AXES)
@@ -346,6 +346,16 @@ def _measured(site: Site, entry: Entry) -> list[dict]:
             "stale": record.get("code_hash") != site.hashes.get(entry.slug),
         })
     return found
+
+
+def _study(site: Site, slug: str) -> dict | None:
+    """The table that only this method has."""
+    study = site.results.get(slug, {}).get("study")
+    if study is None:
+        return None
+    return study | {"rows": [[number(value, "plain") for value in row] for row in study["rows"]],
+                    "facts": "; ".join(study[key] for key in ("hardware", "date", "commit") if key in study),
+                    "stale": study.get("code_hash") != site.hashes.get(slug)}
 
 
 # ---- how they say it ----------------------------------------------------------------------------------------------
