@@ -6,6 +6,7 @@ The bound of a speed-up is plain MACs / method MACs. Official packages that are 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -26,6 +27,7 @@ from torch import Tensor
 from accel_tools.arms import Arm
 from accel_tools.cells import Cells
 from accel_tools.macs import count_macs
+from accel_tools.memory import peak_allocated
 from accel_tools.peers import deepcache, tomesd
 from accel_tools.records import code_hash_of, hardware, provenance
 from accel_tools.timing import breakdown, compare, interleave
@@ -147,24 +149,28 @@ class Realistic:
                 "code": code_hash_of(case.arm.method), **more}
 
     def cost(self, case: Case) -> dict[str, Any]:
-        """MACs of the plain run, the method and the peer; how far the peer's output is from ours; what the patch reports."""
+        """MACs and peak memory of the plain run, the method and the peer; how far the peer's output is from ours; what the
+        patch reports."""
         def count() -> dict[str, Any]:
-            pipe, out = self.pipe(case.make), {}
+            pipe, out, found = self.pipe(case.make), {}, {}
+            arms = {"plain": nullcontext, "method": partial(case.arm.applied, pipe)}
+            if case.peer and find_spec(case.peer):
+                arms[case.peer] = partial(case.around, pipe)
 
             def run(name: str) -> None:
                 out[name] = case.run(pipe)
 
-            found = {"plain": count_macs(partial(run, "plain"))}
-            with case.arm.applied(pipe) as patch:
-                found["method"] = count_macs(partial(run, "method"))
-                found["report"] = patch.report()
-            if case.peer and find_spec(case.peer):
-                with case.around(pipe):
-                    found[case.peer] = count_macs(partial(run, case.peer))
+            for name, applied in arms.items():
+                with applied() as patch:
+                    found[name] = {"macs": count_macs(partial(run, name))}
+                    if name == "method":
+                        report = patch.report()
+                    found[name]["peak_bytes"] = peak_allocated(partial(case.run, pipe))
+            if case.peer in out:
                 scale = float(out["plain"].abs().max())
                 found["peer_difference"] = float((out[case.peer] - out["method"]).abs().max()) / scale
-            return found
-        return self.cells.numbers(self.identity(case, "realistic-macs"), count)
+            return found | {"report": report}
+        return self.cells.numbers(self.identity(case, "realistic-cost"), count)
 
     def profile(self, case: Case) -> dict[str, Any]:
         def look() -> dict[str, Any]:
@@ -182,8 +188,8 @@ class Realistic:
         arms = {"plain": compare(seconds["plain"], seconds["again"])}
         arms |= {name: compare(seconds["plain"], seconds[name]) for name in names}
         for name, arm in arms.items():
-            bound = cost["plain"] / cost[name]
-            arm |= {"steps": case.arm.steps, "macs": cost[name], "mac_bound": bound, "share_of_bound": arm["speedup"] / bound}
+            bound = cost["plain"]["macs"] / cost[name]["macs"]
+            arm |= {"steps": case.arm.steps, **cost[name], "mac_bound": bound, "share_of_bound": arm["speedup"] / bound}
         record = {"model": case.model, "config": case.arm.config, "suite": {"name": "realistic", "rounds": self.rounds},
                   "arms": arms, "report": cost["report"]}
         if case.peer in cost:

@@ -196,6 +196,7 @@ def test_realistic_speed_stands_beside_its_bound(tmp_path):
     record = found.record(case)
     method = record["arms"]["method"]
     assert method["mac_bound"] == pytest.approx(record["arms"]["plain"]["macs"] / method["macs"]) and method["mac_bound"] > 1
+    assert 0 < method["peak_bytes"] <= 1.2 * record["arms"]["plain"]["peak_bytes"]
     assert ("profile" in record) == (method["share_of_bound"] < realistic.ENOUGH)
     assert record["report"]["state"] == "engaged" and record["code_hash"].startswith("sha256:")
 
