@@ -4,7 +4,25 @@ import torch
 from families import FAMILIES
 from torch._dynamo.utils import counters
 
-from methods import deepcache, fora, pfdiff, toca, todo, tome
+from methods import (
+    agent_attention,
+    asymrnr,
+    at_edm,
+    cat_pruning,
+    dato,
+    deepcache,
+    fora,
+    itome,
+    ocd,
+    pfdiff,
+    sito,
+    toca,
+    todo,
+    tofu,
+    toma,
+    tome,
+    turbo,
+)
 from methods._core.denoiser import describe
 
 BLOCKS, STEPS = 16, 8
@@ -71,14 +89,17 @@ def test_unet_blocks_compile_whole(method, config):
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
 
 
-@pytest.mark.parametrize("name", ["pixart", "sd3", "flux"])
-@pytest.mark.parametrize("method", [tome, fora])
+@pytest.mark.parametrize("name, method", [
+    ("pixart", tome), ("sd3", tome), ("flux", tome), ("pixart", fora), ("sd3", fora), ("flux", fora),
+    ("cogvideox", asymrnr), ("dit", at_edm), ("sd3", cat_pruning), ("unet", dato), ("sd3", itome), ("cogvideox", ocd),
+    ("unet", sito), ("flux", tofu), ("flux", toma), ("pixart", turbo), ("pixart", agent_attention)],
+    ids=lambda v: getattr(v, "__name__", v))
 def test_other_families_compile_whole(name, method):
     family = FAMILIES[name]
     eager, pipe = family.pipe(), family.pipe()
     with method.apply(eager):
         expected = family.run(eager)
-    compile_blocks(pipe.transformer)
+    compile_blocks(getattr(pipe, "unet", None) or pipe.transformer)
     with method.apply(pipe):
         torch.testing.assert_close(family.run(pipe), expected, atol=1e-3, rtol=1e-2)
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
