@@ -24,8 +24,14 @@ class Run:
     stale: bool = False
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The config as a table shows it: of a long list, only how long it is."""
+        return {key: f"of {len(value)}" if isinstance(value, list | tuple) and len(value) > 4 else value
+                for key, value in self.config.items()}
+
+    @property
     def label(self) -> str:
-        settings = ", ".join(f"{key} {value}" for key, value in self.config.items())
+        settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
         return f"{self.name}, {settings}" if settings else self.name
 
 
