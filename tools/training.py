@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -40,6 +41,7 @@ class Run:
     steps: int
     lr: float
     average: float                               # decay of the exponential moving average of the weights
+    matrices: float | None = None                # learning rate of Muon for the matrices of the blocks; None: AdamW does all
     seed: int = 0
     step: int = 0
     seconds: float = 0.0
@@ -47,18 +49,25 @@ class Run:
 
     def __post_init__(self):
         self.averaged = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        by_muon = {} if self.matrices is None else dict(block_matrices(self.model))
+        rest = [weight for name, weight in self.model.named_parameters() if name not in by_muon]
+        self.optimizers = [torch.optim.AdamW(rest, lr=self.lr, betas=(0.9, 0.99), weight_decay=0.01)]
+        if by_muon:
+            self.optimizers.append(torch.optim.Muon(by_muon.values(), lr=self.matrices, weight_decay=0.01,
+                                                    adjust_lr_fn="match_rms_adamw"))
         self.random = torch.Generator().manual_seed(self.seed)
 
     def update(self, loss: Tensor) -> None:
         """One optimiser step with warm-up and cosine decay; the average follows."""
-        warm = min(1.0, (self.step + 1) / 200)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * warm * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
-        self.optimizer.zero_grad(set_to_none=True)
+        rate = min(1.0, (self.step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        for optimizer, lr in zip(self.optimizers, (self.lr, self.matrices), strict=False):
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * rate
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         decay = min(self.average, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
@@ -77,7 +86,7 @@ class Run:
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {"model": self.model.state_dict(), "averaged": self.averaged.state_dict(),
-                 "optimizer": self.optimizer.state_dict(), "random": self.random.get_state(),
+                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "random": self.random.get_state(),
                  "torch": torch.get_rng_state(),
                  "step": self.step, "steps": self.steps, "seconds": self.seconds, "losses": self.losses}
         torch.save(state, path.with_suffix(".tmp"))
@@ -89,10 +98,18 @@ class Run:
             raise ValueError(f"{path} belongs to a run of {state['steps']} steps, not {self.steps}: delete it to start anew")
         self.model.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         self.random.set_state(state["random"].cpu())
         torch.set_rng_state(state["torch"].cpu())
         self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
+
+
+def block_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The weights of the linear layers of a transformer's blocks, but for those that modulate norms, by their names."""
+    for name, weight in model.named_parameters():
+        if "transformer_blocks." in name and weight.ndim == 2 and ".norm" not in name:
+            yield name, weight
 
 
 def train(run: Run, loss_of, path: Path, *, until: int | None = None, save_every: int = 250) -> None:

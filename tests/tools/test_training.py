@@ -6,9 +6,18 @@ from torch import nn
 from accel_tools import training
 
 
-def fresh(steps=6):
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.transformer_blocks = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+    def forward(self, x):
+        return self.transformer_blocks(x)
+
+
+def fresh(steps=6, **more):
     torch.manual_seed(0)
-    return training.Run(nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1)), steps=steps, lr=1e-2, average=0.9)
+    return training.Run(Blocks(), steps=steps, lr=1e-2, average=0.9, **more)
 
 
 def loss_of(run):
@@ -16,8 +25,9 @@ def loss_of(run):
     return (run.model(x) - x.sum(1, keepdim=True)).square().mean()
 
 
-def test_resuming_is_exact(tmp_path):
-    whole, first, second = fresh(), fresh(), fresh()
+@pytest.mark.parametrize("matrices", [None, 5e-2], ids=["AdamW", "Muon"])
+def test_resuming_is_exact(tmp_path, matrices):
+    whole, first, second = (fresh(matrices=matrices) for _ in range(3))
     training.train(whole, loss_of, tmp_path / "whole.ckpt")
     torch.manual_seed(0)
     fresh()
@@ -28,6 +38,15 @@ def test_resuming_is_exact(tmp_path):
     for name, value in whole.averaged.state_dict().items():
         assert torch.equal(value, second.averaged.state_dict()[name]), name
     assert whole.losses[-1][0] == second.losses[-1][0] == 6
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
+    run = fresh(matrices=5e-2)
+    adamw, muon = ([weight.shape for group in optimizer.param_groups for weight in group["params"]]
+                   for optimizer in run.optimizers)
+    assert muon == [(8, 4), (1, 8)] and adamw == [(8,), (1,)]
+    run.update(loss_of(run))
+    assert [optimizer.param_groups[0]["lr"] for optimizer in run.optimizers] == [1e-2 / 200, 5e-2 / 200]
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
