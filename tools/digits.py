@@ -57,7 +57,8 @@ def split(held_out: bool) -> tuple[Tensor, Tensor]:
     return x[part], y[part]
 
 
-FRAMES, SIDE, CANVAS = 8, 20, 32                       # of a clip: frames, side of the digit, side of a frame, in pixels
+FRAMES, SIDE, CANVAS = 8, 16, 32                       # of a clip: frames, side of the digit, side of a frame, in pixels
+SPEED = 2                                              # pixels a frame
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}          # rows, columns a frame
 
@@ -68,9 +69,9 @@ def prompts() -> list[str]:
 
 
 def placed(x: Tensor, places: Tensor) -> Tensor:
-    """Digits (B, 1, 32, 32) shrunk to 20x20 and laid on black frames with their corners at `places` (B, F, 2), row and column
-    in 0..12. -> (B, F, 1, 32, 32)"""
-    small = torch.nn.functional.interpolate(x[..., 2:30, 2:30], size=(SIDE, SIDE), mode="area")[:, 0]
+    """Digits (B, 1, 32, 32), cut to 22x22 and shrunk to 16x16, laid on black frames with their corners at `places` (B, F, 2),
+    row and column in 0..16. -> (B, F, 1, 32, 32)"""
+    small = torch.nn.functional.interpolate(x[..., 5:27, 5:27], size=(SIDE, SIDE), mode="area")[:, 0]
     frames = torch.full((*places.shape[:2], 1, CANVAS, CANVAS), -1.0)
     for digit, clip, corners in zip(small, frames, places.tolist(), strict=True):
         for frame, (row, col) in zip(clip, corners, strict=True):
@@ -78,10 +79,9 @@ def placed(x: Tensor, places: Tensor) -> Tensor:
     return frames
 
 
-def moving(x: Tensor, direction: Tensor, random: torch.Generator) -> Tensor:
-    """Clips (B, 8, 1, 32, 32) of digits (B, 1, 32, 32) that go one pixel a frame in `direction` (B,), a place in DIRECTIONS,
-    from a random start that keeps them in view."""
-    step = torch.tensor(list(DIRECTIONS.values()))[direction]                            # (B, 2)
-    room = CANVAS - SIDE - (FRAMES - 1) * step.abs()
-    start = (torch.rand(len(x), 2, generator=random) * (room + 1)).long() - (FRAMES - 1) * step.clamp(max=0)
+def moving(x: Tensor, direction: Tensor) -> Tensor:
+    """Clips (B, 8, 1, 32, 32) of digits (B, 1, 32, 32) that go through the middle of the frame, two pixels a frame, in
+    `direction` (B,), a place in DIRECTIONS."""
+    step = SPEED * torch.tensor(list(DIRECTIONS.values()))[direction]                    # (B, 2)
+    start = (CANVAS - SIDE) // 2 * (step == 0) - (FRAMES - 1) * step.clamp(max=0)
     return placed(x, start[:, None] + step[:, None] * torch.arange(FRAMES)[:, None])

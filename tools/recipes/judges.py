@@ -40,7 +40,7 @@ def train_digit_judge(seed: int, scale: float) -> Trained:
 
 def train_video_judge(seed: int, scale: float) -> Trained:
     return train_classifier("video_judge", lambda x, random: anywhere(jitter(x, random, 0.6), random), seed, scale,
-                            "shrunk to 20x20 and laid anywhere on a 32x32 frame; random rotation, scale, shear, shift")
+                            "shrunk to 16x16 and laid anywhere on a 32x32 frame; random rotation, scale, shear, shift")
 
 
 def train_classifier(name: str, vary: Callable[[Tensor, torch.Generator], Tensor], seed: int, scale: float,
