@@ -45,7 +45,7 @@ class Suite:
         return each + (place < more), place * each + min(place, more)
 
 
-QUICK = Suite("quick", images=12, rounds=3)
+QUICK = Suite("quick", images=60, rounds=3)
 PAPER = Suite("paper", images=500, rounds=9)
 
 
