@@ -41,13 +41,9 @@ def test_the_cards_reach_their_bars():
     assert ar["label_accuracy"] >= 0.90 and min(ar["recall"].values()) >= 0.75
     for name in ("unet", "mmdit"):
         assert methods.card(name)["metrics"]["retrieval"] >= 0.80, name
-    assert all(methods.card(name)["metrics"]["n"] >= 100 for name in MODELS)
-
-
-@pytest.mark.xfail(strict=True, reason="the video model has not been trained for long enough")
-def test_the_digits_of_a_clip_stay_and_move():
-    clips = methods.card("video_dit")["metrics"]
+    clips = methods.card("video_dit")["metrics"]                       # the digit stays the same, and moves
     assert clips["frame_agreement"] >= 0.90 and clips["travel"] >= 4
+    assert all(methods.card(name)["metrics"]["n"] >= 100 for name in MODELS)
 
 
 PIPELINES = {"dit": "DiTPipeline", "unet": "StableDiffusionPipeline", "mmdit": "StableDiffusion3Pipeline",
@@ -60,7 +56,7 @@ def test_an_unmodified_pipeline_draws_what_is_asked_for(name, tmp_path):
     assert type(pipe).__name__ == PIPELINES[name] and type(pipe).__module__.startswith("diffusers.")
     prompts = task.prompts(10 if name != "video_dit" else 2)
     found = task.quality(task.sample(pipe, 10, prompts), prompts)
-    assert name == "video_dit" or found[task.score] >= 0.6             # see the test above
+    assert found[task.score] >= 0.6
     model = getattr(pipe, "unet", None) or pipe.transformer
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == type(model).__name__
