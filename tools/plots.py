@@ -61,9 +61,13 @@ def _pareto(axes: Axes, found: Measured, key: str, label: str) -> None:
     axes.plot(*zip(*line, strict=True), color=INK, linewidth=1, alpha=.7)
     for run in runs:
         _mark(axes, run, *at[id(run)])
-    top = max(y for _, y in at.values())
+    heights = [y for _, y in at.values()]
     real = found.real.get("frechet") if key == "frechet" else None
-    axes.set_ylim(0, 1.05 if key in SCORES else 1.18 * max(top, real or 0))
+    if key == "frechet":                                           # a ruined image is a hundred times as far as a good one
+        axes.set_yscale("log")
+        axes.set_ylim(min(heights + [real or heights[0]]) / 2, 2 * max(heights))
+    else:
+        axes.set_ylim(0, 1.05 if key in SCORES else 1.18 * max(heights))
     axes.set_xlim(0, 1.32 * max(x for x, _ in at.values()))
     if found.noise:
         axes.axvspan(*found.noise, color=INK, alpha=.12, linewidth=0)
@@ -141,7 +145,8 @@ def _short(run: Run) -> str:
 
 def _name(axes: Axes, labels: list[tuple[float, float, Run]], points: list[tuple[float, float]],
           size: float = 8.5) -> None:
-    """Each label right of its point, or lower or higher where a label or one of `points` is in the way, with a thin line."""
+    """Each label right of its point, or lower or higher where a label or one of `points` is in the way, with a thin line; none
+    where there is no room at all, since the table below names every run."""
     def free(box: tuple[float, ...], others: list[tuple[float, ...]]) -> bool:
         return not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in others)
 
@@ -151,9 +156,11 @@ def _name(axes: Axes, labels: list[tuple[float, float, Run]], points: list[tuple
         left, middle = axes.transData.transform((x, y))
         width, height = .56 * size * len(_short(run)), 1.2 * size
         boxes = {move: (left + 7, middle + move - height / 2, left + 7 + width, middle + move + height / 2)
-                 for step in range(9) for move in (-step * height, step * height)}
+                 for step in range(14) for move in (-step * height, step * height)}
         inside = {move: box for move, box in boxes.items() if floor < box[1] and box[3] < ceiling}
-        moved = next((move for move, box in inside.items() if free(box, taken)), 0.0)
+        moved = next((move for move, box in inside.items() if free(box, taken)), None)
+        if moved is None:
+            continue
         taken.append(boxes[moved])
         line = dict(arrowstyle="-", color=INK, linewidth=.5, alpha=.5, shrinkA=0, shrinkB=3) if moved else None
         axes.annotate(_short(run), (x, y), xytext=(7, moved), textcoords="offset points", va="center", fontsize=size,
