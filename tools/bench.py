@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.plans:
         print(json.dumps(records.write_plans(plan_bench.measure(args.rounds or 9)), indent=1), flush=True)
     if args.studies:
-        for slug in args.method or studies.STUDIES:
+        for slug in (slug for slug in studies.STUDIES if slug in (args.method or [slug])):
             found = studies.study(slug, FOLDER.parent)
             records.write_study(slug, found)
             print(json.dumps(records.rounded(found), indent=1), flush=True)

@@ -22,9 +22,8 @@ from accel_tools.macs import count_macs
 from accel_tools.quality import nearest_emoji, psnr
 from accel_tools.records import code_hash_of, provenance
 from accel_tools.tasks import TASKS
-from methods import dato
+from methods import dato, tome_binding
 from methods._zoo import card
-from methods.tome_binding import uniform_entropy
 
 TASK = TASKS["unet"]
 
@@ -69,16 +68,15 @@ def plan_search(folder: Path, *, population: int = 15, generations: int = 30, im
     code = code_hash_of("dato").removeprefix("sha256:")
     name = f"dato-{TASK.model}-{card(TASK.model)['sha256'][:8]}-{code[:8]}-{population}-{images}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    front = dato.search(cost, steps - 1, population=population, generations=generations, initial=any_plan,
+    found = dato.search(cost, steps - 1, population=population, generations=generations, initial=any_plan,
                         state=folder / name)
-
     others = draw(plain, 1, held_out)
 
     def row(what: str, arm: Arm) -> list[Any]:
         return [what, unaccelerated / macs_of(arm), psnr(draw(arm, 0, images), goal), psnr(draw(arm, 1, held_out), others)]
 
-    rows = [row(written(plan), planned(plan)) for plan in (whole(plan) for plan, _ in front)]
-    rows += [row(f"released plan, {written(dato.PLAN)}", planned(dato.PLAN))]
+    rows = [row(written(whole(plan)), planned(whole(plan))) for plan, _ in found]
+    rows.append(row(f"released plan, {written(dato.PLAN)}", planned(dato.PLAN)))
     rows += [row(f"fewer steps, {n}", Arm(n)) for n in fewer]
     return {
         "title": "Plans searched for the bundled UNet",
@@ -117,8 +115,8 @@ def binding_arms(phrase: str, tokenizer: Any, tokens: int) -> dict[str, Arm]:
     modifiers = tuple(place for word in positions[:-1] for place in word)
     objects = {"objects": ((positions[-1], modifiers),), "length": start - 1}
     # The official thresholds are for 32 x 32 maps: the same shares of the entropy of an even map of this model.
-    thresholds = tuple(2 * ((h / 2 - 2) * uniform_entropy(tokens, 1) / uniform_entropy(1024, 1) + 2)
-                       for h in (26, 25, 24, 23, 22.5, 22, 21.5, 21))
+    thresholds = tuple(2 * ((h / 2 - 2) * tome_binding.uniform_entropy(tokens, 1) / tome_binding.uniform_entropy(1024, 1) + 2)
+                       for h in tome_binding.Config().thresholds)
     merged = objects | {"token_steps": 0, "attention_steps": 0}
     tuned = objects | {"anchors": (phrase,), "token_rate": 10.0, "thresholds": thresholds, "rate": 0.3}
     return {"Unedited prompt": Arm(TASK.steps), "Tokens merged": Arm(TASK.steps, "tome_binding", merged),
