@@ -26,7 +26,7 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """The config as a table shows it: of a long list, only how long it is."""
-        return {key: f"of {len(value)}" if isinstance(value, list | tuple) and len(value) > 4 else value
+        return {key: f"({len(value)} values)" if isinstance(value, list | tuple) and len(value) > 4 else value
                 for key, value in self.config.items()}
 
     @property

@@ -3,7 +3,7 @@
     figures(measured("dit", results, baseline, names))["pareto-frechet"]
 
 The same numbers give the same bytes. Text stays text and takes the colour of the page around it, as lines and axes do, so a
-plot set into a page reads on light and on dark. Every axis begins at zero.
+plot set into a page reads on light and on dark. Every axis begins at zero, but for the logarithmic one of Frechet distances.
 """
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def _pareto(axes: Axes, found: Measured, key: str, label: str) -> None:
     real = found.real.get("frechet") if key == "frechet" else None
     if key == "frechet":                                           # a ruined image is a hundred times as far as a good one
         axes.set_yscale("log")
-        axes.set_ylim(min(heights + [real or heights[0]]) / 2, 2 * max(heights))
+        shown = [*heights, real] if real else heights
+        axes.set_ylim(min(shown) / 2, 2 * max(shown))
     else:
         axes.set_ylim(0, 1.05 if key in SCORES else 1.18 * max(heights))
     axes.set_xlim(0, 1.32 * max(x for x, _ in at.values()))
@@ -109,7 +110,7 @@ def _memory(axes: Axes, runs: Sequence[Run]) -> None:
                       textcoords="offset points", va="center", fontsize=8.5)
     axes.set_yticks(range(len(runs)), [_short(run) for run in runs])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.6 * max(run.arm["peak_bytes"] for run in runs) / scale)
+    axes.set_xlim(0, 2.1 * max(run.arm["peak_bytes"] for run in runs) / scale)               # room for the longest label
     axes.set_xlabel(f"peak memory ({unit})")
     axes.tick_params(axis="y", length=0)
 
