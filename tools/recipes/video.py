@@ -36,7 +36,7 @@ def models(layers: int = TRANSFORMER["num_layers"]) -> nn.ModuleDict:
 
 
 def scans() -> tuple[Tensor, Tensor]:
-    """The first `SCANS` training images of each digit: few enough to be learnt well in an hour of one core."""
+    """The first `SCANS` training images of each digit: few enough to be learnt well in half an hour of one core."""
     x, y = digits.split(held_out=False)
     few = torch.cat([(y == digit).nonzero()[:SCANS, 0] for digit in range(10)])
     return x[few], y[few]
