@@ -75,9 +75,9 @@ def _pareto(axes: Axes, found: Measured, key: str, label: str) -> None:
     if real:
         axes.axhline(real, color=INK, linewidth=.8, linestyle=(0, (4, 3)))
         axes.annotate("real against real", (0, real), xytext=(3, 3), textcoords="offset points", fontsize=8.5)
-    _name(axes, [(*at[id(run)], run) for run in runs], list(at.values()))
     axes.set_xlabel("measured speed-up over the plain run")
     axes.set_ylabel(label)
+    _name(axes, [(*at[id(run)], run) for run in runs], list(at.values()))
 
 
 def _bound(axes: Axes, found: Measured, runs: Sequence[Run]) -> None:
@@ -92,10 +92,10 @@ def _bound(axes: Axes, found: Measured, runs: Sequence[Run]) -> None:
     axes.set_ylim(0, far)
     if found.noise:
         axes.axhspan(*found.noise, color=INK, alpha=.12, linewidth=0)
-    _name(axes, [(run.bound, run.arm["speedup"], run) for run in runs if run.kind != "fewer"],
-          [(run.bound, run.arm["speedup"]) for run in runs])
     axes.set_xlabel("plain MACs / MACs of the run")
     axes.set_ylabel("measured speed-up")
+    _name(axes, [(run.bound, run.arm["speedup"], run) for run in runs if run.kind != "fewer"],
+          [(run.bound, run.arm["speedup"]) for run in runs])
 
 
 def _memory(axes: Axes, runs: Sequence[Run]) -> None:
@@ -148,6 +148,9 @@ def _name(axes: Axes, labels: list[tuple[float, float, Run]], points: list[tuple
           size: float = 8.5) -> None:
     """Each label right of its point, or lower or higher where a label or one of `points` is in the way, with a thin line; none
     where there is no room at all, since the table below names every run."""
+    axes.figure.draw_without_rendering()
+    axes.figure.set_layout_engine("none")                          # nothing moves any more: labels are placed by this
+
     def free(box: tuple[float, ...], others: list[tuple[float, ...]]) -> bool:
         return not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in others)
 
@@ -176,7 +179,6 @@ def _svg(found: Measured, title: str, draw: Callable[[Axes], None], rows: int = 
         axes.set_title(title)
         axes.grid(color=INK, alpha=.12, linewidth=.6)
         axes.set_axisbelow(True)
-        figure.draw_without_rendering()                            # fixes the layout that labels are placed by
         draw(axes)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
