@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from accel_kernels._dispatch import pick
-from accel_kernels._shapes import check_match, flat_rows, source_tiles
+from accel_kernels._shapes import best_column, check_match, flat_rows, product_tiles
 
 
 def distance_match(x: Tensor, src: Tensor, dst: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
@@ -29,9 +29,9 @@ def reference(x: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
     distance = x.new_empty(src.shape, dtype=torch.float32)
     index = torch.empty_like(distance, dtype=torch.int64)
     with torch.autocast(x.device.type, enabled=False):
-        for b, s, query in source_tiles(x, src, targets):
-            least, index[b, s] = torch.baddbmm(square[b], query, target[b].mT, alpha=-2).min(dim=-1)
-            distance[b, s] = (least + query.square().sum(-1)).clamp_min_(0)
+        for b, s, query, product in product_tiles(x, src, target):
+            best, index[b, s] = best_column(product.sub_(square[b], alpha=0.5))
+            distance[b, s] = (query.square().sum(-1) - 2 * best).clamp_min_(0)
     return distance, index
 
 
