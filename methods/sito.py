@@ -50,7 +50,7 @@ from methods._core.context import StepContext
 from methods._core.denoiser import Block, describe
 from methods._core.patch import TOKENS, Patch
 from methods._core.reduction import Reduction
-from methods._core.tokens import Plan, joined, merge_plan, nearest_plan
+from methods._core.tokens import Plan, join_plan, joined, merge_plan
 
 __all__ = ["OFF", "Config", "apply", "base_tokens", "prune_plan", "sim_score"]
 
@@ -112,10 +112,13 @@ def prune_plan(x: Tensor, base: Tensor, ratio: float, recover_from: str = "kept"
     base, others = topk_partition(mask, D)
     score, into = cosine_match(x, others, base)
     P = min(int(ratio * N), N - D)
-    if recover_from == "base":
+    if recover_from == "base" or P == N - D:
         return merge_plan(score, into, others, base, P, batch)
-    pruned, spared = topk_partition(score, P)                                  # columns of `others`
-    return nearest_plan(x, torch.cat([others.gather(1, spared), base], 1), others.gather(1, pruned), batch)
+    moved, rest = topk_partition(score, P)                                     # columns of `others`
+    pruned, spared = others.gather(1, moved), others.gather(1, rest)
+    nearest, row = cosine_match(x, pruned, spared)                             # base tokens were compared already
+    row = torch.where(nearest >= score.gather(1, moved), row, spared.shape[1] + into.gather(1, moved))
+    return join_plan(torch.cat([spared, base], 1), pruned, row, batch)
 
 
 class _Pruning:

@@ -5,7 +5,7 @@ each row, `plan.drop` keeps one of them as it is, `plan.restore` copies each row
 position a row stands for, so that whatever belongs to positions (rotary embeddings) can be gathered along.
 
 `match_plan` pairs sources with destinations by cosine and cuts the list of pairs; `merge_plan` is the cut alone, for other
-scores; `nearest_plan` drops given positions in favour of their nearest kept one.
+scores; `join_plan` is the plan in which given positions join given others.
 """
 from __future__ import annotations
 
@@ -69,26 +69,18 @@ def merge_plan(score: Tensor, into: Tensor, src: Tensor, dst: Tensor, r: int, ba
     src (S,) or (B, S), dst (D,) or (B, D). Rows: the kept sources in order of `src`, then the destinations. One plan serves
     `batch` samples if B is 1.
     """
-    B, N = len(score), src.shape[-1] + dst.shape[-1]
-    src, dst = src.expand(B, -1), dst.expand(B, -1)
-    moved, kept = topk_partition(score, r)                                     # columns of src
-    rows = torch.empty_like(score, dtype=torch.long)                           # row of each source
-    rows.scatter_(1, kept, torch.arange(kept.shape[1], device=score.device).expand(B, -1))
-    rows.scatter_(1, moved, kept.shape[1] + into.gather(1, moved))
-    source = torch.empty(B, N, dtype=torch.long, device=score.device)
-    source.scatter_(1, src, rows)
-    source.scatter_(1, dst, torch.arange(kept.shape[1], N - r, device=score.device).expand(B, -1))
-    owner = torch.cat([src.gather(1, kept), dst], dim=1)
-    return Plan(segments(source.expand(batch or B, -1), N - r), owner)
+    src, dst = src.expand(len(score), -1), dst.expand(len(score), -1)
+    moved, alone = topk_partition(score, r)                                    # columns of src
+    kept = torch.cat([src.gather(1, alone), dst], dim=1)
+    return join_plan(kept, src.gather(1, moved), alone.shape[1] + into.gather(1, moved), batch)
 
 
-def nearest_plan(x: Tensor, kept: Tensor, dropped: Tensor, batch: int | None = None) -> Plan:
-    """Every dropped position (B, P) joins the most similar kept one (B, K), by the cosine of x (B, N, C). Rows: `kept`.
+def join_plan(kept: Tensor, dropped: Tensor, into: Tensor, batch: int | None = None) -> Plan:
+    """Every dropped position (B, P) joins the kept one (B, K) of column `into` (B, P). Rows: `kept`.
 
     One plan serves `batch` samples if B is 1.
     """
     B, K = kept.shape
-    nearest = cosine_match(x, dropped, kept)[1]
-    source = torch.empty(B, K + dropped.shape[1], dtype=torch.long, device=x.device)
-    source.scatter_(1, kept, torch.arange(K, device=x.device).expand(B, -1)).scatter_(1, dropped, nearest)
+    source = torch.empty(B, K + dropped.shape[1], dtype=torch.long, device=kept.device)
+    source.scatter_(1, kept, torch.arange(K, device=kept.device).expand(B, -1)).scatter_(1, dropped, into)
     return Plan(segments(source.expand(batch or B, -1), K), kept)
