@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-TILE = 1 << 18  # pairs held at a time: 1 MiB in fp32, which stays in one core's L2 cache
+TILE = 1 << 18  # pairs of tokens held at a time: 1 MiB in fp32, which stays in one core's L2 cache
 
 
 def check_float(name: str, tensor: torch.Tensor, dims: str) -> None:
@@ -33,6 +33,11 @@ def check_match(x: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> tuple[
     if dst.shape[1] == 0:
         raise ValueError(f"dst has shape {tuple(dst.shape)}, allowed: at least one destination")
     return src, dst
+
+
+def row_norm(rows: torch.Tensor) -> torch.Tensor:
+    """Norms (..., 1), at least the smallest normal number, so that a zero vector divided by its norm stays zero."""
+    return torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def product_tiles(

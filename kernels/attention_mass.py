@@ -13,9 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from accel_kernels._dispatch import pick
-from accel_kernels._shapes import check_float
-
-TILE = 1 << 18  # attention weights held at a time: 1 MiB in fp32, which stays in one core's L2 cache
+from accel_kernels._shapes import TILE, check_float
 
 
 def attention_mass(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from accel_kernels._dispatch import pick
-from accel_kernels._shapes import best_column, check_match, flat_rows, product_tiles
+from accel_kernels._shapes import best_column, check_match, flat_rows, product_tiles, row_norm
 
 
 def cosine_match(x: Tensor, src: Tensor, dst: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
@@ -26,18 +26,14 @@ def reference(x: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
     """Tiled eager torch; src (B, S), dst (B, D)."""
     (batch, length, channels), targets = x.shape, dst.shape[1]
     target = x.reshape(-1, channels).index_select(0, flat_rows(dst, length)).float()
-    target = (target / _norm(target)).view(batch, targets, channels)
+    target = (target / row_norm(target)).view(batch, targets, channels)
     score = x.new_empty(src.shape, dtype=torch.float32)
     index = torch.empty_like(score, dtype=torch.int64)
     with torch.autocast(x.device.type, enabled=False):
         for b, s, query, product in product_tiles(x, src, target):
             best, index[b, s] = best_column(product)
-            score[b, s] = best / _norm(query).squeeze(-1)
+            score[b, s] = best / row_norm(query).squeeze(-1)
     return score, index
-
-
-def _norm(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 @torch.library.custom_op("genaccel::cosine_match", mutates_args=())

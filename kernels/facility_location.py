@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from accel_kernels._dispatch import pick
-from accel_kernels._shapes import check_float
+from accel_kernels._shapes import TILE, check_float, row_norm
 
-TILE = 1 << 18  # similarities held at a time: 1 MiB in fp32, which stays in one core's L2 cache
 TIE = 1e-5
 LARGEST = 128  # tokens a region of the Triton kernel may have
 
@@ -41,8 +40,7 @@ def reference(x: Tensor, k: int) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         for g in range(0, regions, group):
             unit = x[g : g + group].float()
-            norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
-            unit = unit / norm.clamp_min(torch.finfo(torch.float32).tiny)
+            unit = unit / row_norm(unit)
             similar = torch.bmm(unit, unit.transpose(1, 2))  # (g, v, i)
             best = torch.zeros_like(similar[:, :1])
             gain = similar.sum(dim=2)

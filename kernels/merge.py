@@ -1,11 +1,15 @@
-"""Segment mean of tokens, and the row gather that undoes it.
+"""Segment mean of tokens, the mean that keeps the norm, and the row gather that undoes both.
 
 A `Segments` says, for every position n of a sequence, which row `source[b, n]` of the reduced sequence it goes to.
 `merge(x, segments)[b, l]` = mean of the x[b, n] with source l (fp32 accumulation; a segment of one comes out unchanged,
 an empty one is zero). `unmerge(y, segments)[b, n] = y[b, source[b, n]]`. `unmerge(merge(x))` is a projection.
+`mlerp(x, segments)` is the mean m of each segment made as long as its longest token: max_n |x_n| * m / max(|m|, 1e-6), the
+floor for tokens that cancel.
 
 x (B, N, C), y (B, length, C) any floating dtype, dtype kept. Cost: one read and one write of the tokens, no FLOPs
-counted. Differentiable (each gives the other's gradient). Deterministic: a segment is summed in position order.
+counted. Merge and unmerge are differentiable (each gives the other's gradient), mlerp is not. Deterministic: a segment is
+summed in position order. The Triton kernel of mlerp holds whole tokens, so C <= 4,096 there; `auto` takes the reference
+beyond.
 """
 
 from typing import NamedTuple
@@ -18,6 +22,9 @@ from torch.utils.flop_counter import register_flop_formula
 from accel_kernels import rows
 from accel_kernels._dispatch import pick
 from accel_kernels._shapes import check_float, check_index, flat_rows
+
+SHORT = 1e-6  # a mean shorter than this is not blown up further
+LARGEST = 4096  # channels that the Triton kernel of mlerp may hold
 
 
 class Segments(NamedTuple):
@@ -39,10 +46,23 @@ def segments(source: Tensor, length: int) -> Segments:
 
 def merge(x: Tensor, segments: Segments, *, impl: str = "auto") -> Tensor:
     """Segment means (B, length, C); ValueError unless x is (B, N, C) for the N of `segments`."""
+    _check(x, segments)
+    return _merge(x, segments.source, segments.order, segments.starts, impl)
+
+
+def mlerp(x: Tensor, segments: Segments, *, impl: str = "auto") -> Tensor:
+    """Norm-preserving means (B, length, C); ValueError unless x is (B, N, C) for the N of `segments`."""
+    _check(x, segments)
+    if impl == "triton" and x.shape[2] > LARGEST:
+        raise ValueError(f"impl is 'triton', but tokens have {x.shape[2]} channels; allowed: up to {LARGEST}")
+    impl = "reference" if impl == "auto" and x.shape[2] > LARGEST else impl
+    return _mlerp(x, segments.source, segments.order, segments.starts, impl)
+
+
+def _check(x: Tensor, segments: Segments) -> None:
     check_float("x", x, "(B, N, C)")
     if x.shape[:2] != segments.source.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}, allowed: {(*segments.source.shape, 'any')}")
-    return _merge(x, segments.source, segments.order, segments.starts, impl)
 
 
 def unmerge(y: Tensor, segments: Segments, *, impl: str = "auto") -> Tensor:
@@ -60,6 +80,15 @@ def reference(x: Tensor, source: Tensor, order: Tensor, starts: Tensor) -> Tenso
     total = F.embedding_bag(order, wide, starts, mode="sum")
     count = _count(flat_rows(source, len(starts) // batch), len(starts)).clamp_min_(1)
     return total.div_(count[:, None]).to(x.dtype).view(batch, -1, channels)
+
+
+def reference_mlerp(x: Tensor, source: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    """Eager torch, in fp32 or better."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean, norm = reference(wide, source, order, starts), torch.linalg.vector_norm(wide, dim=-1)
+    longest = norm.new_zeros(mean.shape[:2]).scatter_reduce_(1, source, norm, "amax")
+    scale = longest / torch.linalg.vector_norm(mean, dim=-1).clamp_min(SHORT)
+    return mean.mul_(scale[..., None]).to(x.dtype)
 
 
 def reference_unmerge(y: Tensor, source: Tensor) -> Tensor:
@@ -81,8 +110,20 @@ def _merge(x: Tensor, source: Tensor, order: Tensor, starts: Tensor, impl: str) 
 
 
 @_merge.register_fake
-def _(x, source, order, starts, impl):
+def _merge_shape(x, source, order, starts, impl):
     return x.new_empty(x.shape[0], starts.shape[0] // x.shape[0], x.shape[2])
+
+
+@torch.library.custom_op("genaccel::mlerp", mutates_args=())
+def _mlerp(x: Tensor, source: Tensor, order: Tensor, starts: Tensor, impl: str) -> Tensor:
+    if pick(impl, x, source, order, starts) == "triton":
+        from accel_kernels._triton import merge as device
+
+        return device.mlerp(x, order, starts, SHORT)
+    return reference_mlerp(x, source, order, starts)
+
+
+_mlerp.register_fake(_merge_shape)
 
 
 @torch.library.custom_op("genaccel::unmerge", mutates_args=())
@@ -126,6 +167,6 @@ _merge.register_autograd(_merge_backward, setup_context=_setup)
 _unmerge.register_autograd(_unmerge_backward, setup_context=_setup)
 
 
-@register_flop_formula([torch.ops.genaccel.merge, torch.ops.genaccel.unmerge])
+@register_flop_formula([torch.ops.genaccel.merge, torch.ops.genaccel.mlerp, torch.ops.genaccel.unmerge])
 def _flops(*args, **kwargs) -> int:
     return 0

@@ -9,7 +9,7 @@ agents are the tokens merged down almost to the destinations of ToMe, the second
 values is added. This is done in the first 20 of 50 steps, on merged tokens; the other steps are plain token merging.
 
 Map
-    agent attention     softmax(s2 Q A^T) softmax(s1 A K^T) V + k V         agent_attention
+    agent attention     softmax(s2 Q A^T) softmax(s1 A K^T) V + k V         accel_kernels.agent_attention
     AgentSD             tokens and agents from one matching                 _Agents
     schedule            agents in the first steps, merging in all           apply
     trained module      pooled agents, position biases, depthwise conv      AgentAttention
@@ -40,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accel_kernels.agent_attention import agent_attention
 from accel_kernels.cosine_match import cosine_match
 from methods._core.attention import heads, project_out
 from methods._core.context import StepContext
@@ -49,7 +50,7 @@ from methods._core.reduction import Reduction
 from methods._core.tokens import merge_plan
 from methods.tome import partition, reduction
 
-__all__ = ["OFF", "AgentAttention", "Config", "agent_attention", "apply"]
+__all__ = ["OFF", "AgentAttention", "Config", "apply"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +78,6 @@ class Config:
 
 
 OFF = Config(ratio=0.0, agent_steps=0)
-
-
-def agent_attention(q: Tensor, k: Tensor, v: Tensor, a: Tensor, *, scale: float, sharp: float, shortcut: float = 0.0) -> Tensor:
-    """softmax(sharp q a^T) softmax(scale a k^T) v + shortcut v. q, k, v (B, H, N, D), agents a (B, H, n, D) -> (B, H, N, D)."""
-    gathered = F.scaled_dot_product_attention(a, k, v, scale=scale)                      # agents read the keys
-    out = F.scaled_dot_product_attention(q, a, gathered, scale=sharp)                    # queries read the agents
-    return out + shortcut * v if shortcut else out
 
 
 class _Agents(Reduction):

@@ -7,7 +7,7 @@ those most like a base token are left out of self-attention, and each takes the 
 little noise on the score keeps the same tokens from being left out in every step.
 
 Map
-    SimScore         sum of the cosines to all tokens, in O(N C)           sim_score
+    SimScore         sum of the cosines to all tokens, in O(N C)           accel_kernels.similarity_sum
     Noise SimScore   beta * SimScore + alpha * noise                       apply
     base tokens      the argmax of each patch                              base_tokens
     pruned tokens    the non-base tokens most similar to a base token      prune_plan
@@ -41,10 +41,10 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from accel_kernels.cosine_match import cosine_match
+from accel_kernels.similarity_sum import similarity_sum
 from accel_kernels.topk import topk_partition
 from methods._core.context import StepContext
 from methods._core.denoiser import Block, describe
@@ -52,7 +52,7 @@ from methods._core.patch import TOKENS, Patch
 from methods._core.reduction import Reduction
 from methods._core.tokens import Plan, join_plan, joined, merge_plan
 
-__all__ = ["OFF", "Config", "apply", "base_tokens", "prune_plan", "sim_score"]
+__all__ = ["OFF", "Config", "apply", "base_tokens", "prune_plan"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +77,6 @@ class Config:
 
 
 OFF = Config(ratio=0.0)
-
-
-def sim_score(x: Tensor) -> Tensor:
-    """SimScore: s_i = sum_j cos(x_i, x_j) = <u_i, sum_j u_j> with unit vectors u. (B, N, C) -> (B, N), single precision."""
-    unit = F.normalize(x.float(), dim=-1)
-    return (unit @ unit.sum(1)[..., None]).squeeze(-1)
 
 
 def base_tokens(score: Tensor, grid: tuple[int, int, int], stride: int) -> Tensor:
@@ -132,7 +126,7 @@ class _Pruning:
         batch, config = len(x), self.config
         if self.shared:
             x = joined(x)
-        score = config.beta * sim_score(x) + config.alpha * self.noise
+        score = config.beta * similarity_sum(x) + config.alpha * self.noise
         return prune_plan(x, base_tokens(score, self.grid, config.stride), config.ratio, config.recover_from, batch)
 
 

@@ -33,9 +33,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from accel_kernels import merge
 from methods._core.context import StepContext
 from methods._core.denoiser import describe
 from methods._core.patch import TOKENS, Patch
@@ -68,15 +68,9 @@ class Config:
 OFF = Config(ratio=0.0)
 
 
-def mlerp(plan: Plan, x: Tensor, eps: float = 1e-6) -> Tensor:
-    """Rows (B, L, C) of x (B, N, C): in each group the direction of the mean with the largest norm, max_i |x_i| * m / |m|.
-
-    Computed in single precision or better; a mean shorter than `eps`, as of opposite tokens, is not blown up further.
-    """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    mean, norm = plan.reduce(wide), wide.norm(dim=-1)
-    largest = norm.new_zeros(mean.shape[:2]).scatter_reduce(1, plan.segments.source, norm, "amax")
-    return (mean * (largest / mean.norm(dim=-1).clamp_min(eps))[..., None]).to(x.dtype)
+def mlerp(plan: Plan, x: Tensor) -> Tensor:
+    """Rows (B, L, C) of x (B, N, C): in each group the direction of the mean with the largest norm, max_i |x_i| * m / |m|."""
+    return merge.mlerp(x, plan.segments)
 
 
 def prunes(index: int, depth: int, separation: float) -> bool:

@@ -29,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from accel_kernels._triton import (
+    agent_attention,
     attention_graph,
     attention_mass,
     cosine_match,
@@ -36,6 +37,7 @@ from accel_kernels._triton import (
     facility_location,
     merge,
     rows,
+    similarity_sum,
     topk,
 )
 
@@ -48,7 +50,7 @@ TARGETS = {  # name: (target, shared memory a program may use)
 }
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 B, N, C = 2, 4096, 320  # the reference problem: a batch of two, 64 x 64 tokens
-S, D, K, L, H = 3072, 1024, 2048, 2048, 8  # sources, destinations, chosen rows, merged length, heads
+S, D, K, L, H, A = 3072, 1024, 2048, 2048, 8, 256  # sources, destinations, chosen rows, merged length, heads, agents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,7 @@ def cases(override: dict[str, int]) -> Iterator[Case]:
             return tile | {key: value for key, value in override.items() if key in tile}
 
         t = tiled({"BR": 16, "BC": 128, "num_warps": 4})
-        arguments = dict(p_x=p, p_norm="*fp32", rows=B * N, C=C, s_x=C)
+        arguments = dict(p_x=p, p_norm="*fp32", rows=B * N, C=C)
         least = B * N * (C * size + 4)
         yield Case("row_norm", short, cosine_match._row_norm_fwd_kernel, arguments, t, {"BC": 128}, least, least)
 
@@ -120,6 +122,26 @@ def cases(override: dict[str, int]) -> Iterator[Case]:
         moved = least + B * (N + L) * 8 * (ceil(C / t["BC"]) - 1) + B * L * 8
         yield Case("merge", short, merge._merge_fwd_kernel, arguments, t, {"BC": 256}, moved, least)
 
+        for channels in (C, 4096):  # the most that mlerp takes
+            t = tiled(merge.whole(channels))
+            arguments = arguments | dict(C=channels, SHORT="fp32")
+            least = B * (N * (channels * size + 8) + L * (channels * size + 8))
+            kernel, floor = merge._mlerp_fwd_kernel, {"BC": channels}
+            yield Case(f"mlerp_{channels}", short, kernel, arguments, t, floor, least + B * L * 8, least)
+
+        t = tiled(similarity_sum.SUM | {"STRIP": similarity_sum.STRIP})
+        arguments = dict(p_x=p, p_norm="*fp32", p_part="*fp32", N=N, C=C)
+        least = B * (N * (C * size + 4) + ceil(N / t["STRIP"]) * C * 4)
+        moved = least + B * N * 4 * (ceil(C / t["BC"]) - 1)
+        kernel, floor = similarity_sum._unit_sum_fwd_kernel, {"BN": 16, "BC": 32, "STRIP": 128}
+        yield Case("unit_sum", short, kernel, arguments, t, floor, moved, least)
+        t = tiled(similarity_sum.DOT)
+        arguments = dict(p_x=p, p_norm="*fp32", p_sum="*fp32", p_score="*fp32", N=N, C=C)
+        least = B * (N * (C * size + 8) + C * 4)
+        moved = least + B * C * 4 * (ceil(N / t["BN"]) - 1)
+        kernel = similarity_sum._unit_dot_fwd_kernel
+        yield Case("unit_dot", short, kernel, arguments, t, {"BN": 16, "BC": 64}, moved, least)
+
         t = tiled(topk.TILE)
         arguments = dict(p_score=p, p_chosen="*i64", p_rest="*i64", N=N, K=K)
         least = B * N * (size + 8)
@@ -148,6 +170,17 @@ def cases(override: dict[str, int]) -> Iterator[Case]:
             moved = token + (token + scalars) * ceil(N / t["BM"])
             kernel, least = attention_mass._column_mass_fwd_kernel, 2 * token + scalars
             yield Case(f"column_mass_{width}", short, kernel, arguments, t, floor, moved + scalars, least + scalars)
+            t, few = tiled(agent_attention.tile(dtype, width)), B * H * A * width  # values of all agents
+            low = floor | {"BN": 32}
+            runs, span = agent_attention.splits(N, ceil(A / t["BN"]) * B * H, t["BM"])
+            arguments = dict(p_a=p, p_k=p, p_v=p, p_part="*fp32", p_lse="*fp32") | integers | dict(N=A, m_span=span)
+            kernel, least = agent_attention._agents_read_fwd_kernel, few * size + 2 * token + few * 4
+            moved = few * size * runs + 2 * token * ceil(A / t["BN"]) + few * 4 * runs
+            yield Case(f"agents_read_{width}", short, kernel, arguments, t, low, moved, least)
+            arguments = dict(p_q=p, p_a=p, p_g=p, p_v=p, p_out=p) | integers | dict(M=A, shortcut="fp32")
+            kernel, least = agent_attention._queries_read_fwd_kernel, 3 * token + 2 * few * size
+            moved = 3 * token + 2 * few * size * ceil(N / t["BN"])
+            yield Case(f"queries_read_{width}", short, kernel, arguments, t, low, moved, least)
             t = tiled(attention_graph.tile(dtype, width))
             arguments = dict(p_q=p, p_k=p, p_lse="*fp32") | integers
             moved, least = token + token * ceil(N / t["BN"]) + scalars, 2 * token + scalars

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
+from accel_kernels.agent_attention import agent_attention
 from accel_kernels.attention_graph import flow, log_sums, partner
 from accel_kernels.attention_mass import attention_mass
 from accel_kernels.cosine_match import cosine_match
 from accel_kernels.distance_match import distance_match
 from accel_kernels.facility_location import facility_location
-from accel_kernels.merge import merge, segments, unmerge
+from accel_kernels.merge import merge, mlerp, segments, unmerge
 from accel_kernels.rows import gather_rows, scatter_rows
+from accel_kernels.similarity_sum import similarity_sum
 from accel_kernels.topk import topk_partition
 from accel_tools.macs import count_macs
 
@@ -61,6 +63,7 @@ def problems(device: str, dtype: torch.dtype, *, batch: int = 2, tokens: int = 4
     score = normal(batch, tokens)
     regions = normal(batch * tokens // 16, 16, channels)
     return {
+        "agent_attention": Problem(agent_attention, (q, k, v, q[:, :, ::16], 0.1, 0.7, 0.075)),
         "attention_mass": Problem(attention_mass, (q, k, v)),
         "log_sums": Problem(log_sums, (q, k)),
         "flow": Problem(flow, (q, k, sums, weights)),
@@ -69,9 +72,11 @@ def problems(device: str, dtype: torch.dtype, *, batch: int = 2, tokens: int = 4
         "distance_match": Problem(distance_match, (x, src, dst)),
         "facility_location": Problem(facility_location, (regions, 8)),
         "merge": Problem(merge, (x, plan)),
+        "mlerp": Problem(mlerp, (x, plan)),
         "unmerge": Problem(unmerge, (rows, plan)),
         "gather_rows": Problem(gather_rows, (x, half)),
         "scatter_rows": Problem(scatter_rows, (x, half, rows)),
+        "similarity_sum": Problem(similarity_sum, (x,)),
         "topk_partition": Problem(topk_partition, (score, tokens // 2)),
     }
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accel_kernels.similarity_sum import similarity_sum
 from accel_tools.timing import interleave
 from methods import itome, sito, tofu, toma, tome
 from methods._core.tokens import match_plan, merge_plan
@@ -40,7 +41,7 @@ def tofu_tokens(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
 
 
 def sito_tokens(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    plan = sito.prune_plan(x, sito.base_tokens(sito.sim_score(x), grid, 2), RATIO)
+    plan = sito.prune_plan(x, sito.base_tokens(similarity_sum(x), grid, 2), RATIO)
     return plan.restore(plan.drop(x))
 
 

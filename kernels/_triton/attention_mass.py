@@ -20,25 +20,19 @@ def tile(dtype: torch.dtype, width: int) -> dict[str, int]:
 
 
 @triton.jit
-def _attention_mass_fwd_kernel(
-    p_q, p_k, p_v, p_out, p_lse, N, M, scale,
+def stream_keys(
+    b_q, p_k, p_v, first, last, scale,
     W: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    i_h = tl.program_id(1).to(tl.int64)  # batch * heads
-    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    """Queries b_q [BN, BW] over the keys first to last - 1 of one head: weighted sum of values, row maxima, row sums."""
     o_w = tl.arange(0, BW)
-    m_n, m_w = o_n < N, o_w < W
-    p_q, p_out, p_lse = p_q + i_h * N * W, p_out + i_h * N * W, p_lse + i_h * N
-    p_k, p_v = p_k + i_h * M * W, p_v + i_h * M * W
-    o_q = o_n.to(tl.int64)[:, None] * W + o_w[None, :]
-    m_q = m_n[:, None] & m_w[None, :]
-    b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)  # [BN, BW]
+    m_w = o_w < W
     b_max = tl.full([BN], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BN], dtype=tl.float32)
     b_out = tl.zeros([BN, BW], dtype=tl.float32)
-    for m in range(0, M, BM):
+    for m in range(first, last, BM):
         o_m = m + tl.arange(0, BM)
-        m_m = o_m < M
+        m_m = o_m < last
         o_k = o_m.to(tl.int64)[:, None] * W + o_w[None, :]
         m_k = m_m[:, None] & m_w[None, :]
         b_k = tl.load(p_k + o_k, mask=m_k, other=0.0)  # [BM, BW]
@@ -51,6 +45,23 @@ def _attention_mass_fwd_kernel(
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision="ieee")
         b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
         b_max = b_new
+    return b_out, b_max, b_sum
+
+
+@triton.jit
+def _attention_mass_fwd_kernel(
+    p_q, p_k, p_v, p_out, p_lse, N, M, scale,
+    W: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    i_h = tl.program_id(1).to(tl.int64)  # batch * heads
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    o_w = tl.arange(0, BW)
+    m_n, m_w = o_n < N, o_w < W
+    p_q, p_out, p_lse = p_q + i_h * N * W, p_out + i_h * N * W, p_lse + i_h * N
+    o_q = o_n.to(tl.int64)[:, None] * W + o_w[None, :]
+    m_q = m_n[:, None] & m_w[None, :]
+    b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)  # [BN, BW]
+    b_out, b_max, b_sum = stream_keys(b_q, p_k + i_h * M * W, p_v + i_h * M * W, 0, M, scale, W, BN, BM, BW)
     tl.store(p_out + o_q, (b_out / b_sum[:, None]).to(p_out.dtype.element_ty), mask=m_q)
     tl.store(p_lse + o_n, b_max + tl.log(b_sum), mask=m_n)
 

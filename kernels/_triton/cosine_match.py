@@ -23,14 +23,14 @@ def launch(batch: int, sources: int, targets: int, constants: dict[str, int]) ->
 
 
 @triton.jit
-def _row_norm_fwd_kernel(p_x, p_norm, rows, C, s_x, BR: tl.constexpr, BC: tl.constexpr):
+def _row_norm_fwd_kernel(p_x, p_norm, rows, C, BR: tl.constexpr, BC: tl.constexpr):
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     m_r = o_r < rows
     b_sum = tl.zeros([BR], dtype=tl.float32)
     for c in range(0, C, BC):
         o_c = c + tl.arange(0, BC)
         m_x = m_r[:, None] & (o_c < C)[None, :]
-        b_x = tl.load(p_x + o_r[:, None] * s_x + o_c[None, :], mask=m_x, other=0.0).to(tl.float32)  # [BR, BC]
+        b_x = tl.load(p_x + o_r[:, None] * C + o_c[None, :], mask=m_x, other=0.0).to(tl.float32)  # [BR, BC]
         b_sum += tl.sum(b_x * b_x, axis=1)
     tl.store(p_norm + o_r, tl.maximum(tl.sqrt(b_sum), 1.1754943508222875e-38), mask=m_r)  # the smallest normal number
 
@@ -71,14 +71,20 @@ def _cosine_match_fwd_kernel(
     tl.store(p_index + o_out, b_index.to(tl.int64), mask=m_s)
 
 
+def row_norm(x: torch.Tensor) -> torch.Tensor:
+    """Norms (B, N) of the rows of x (B, N, C), at least the smallest normal number."""
+    (batch, length, channels), rows = x.shape, x.shape[0] * x.shape[1]
+    norm = torch.empty(batch, length, dtype=torch.float32, device=x.device)
+    _row_norm_fwd_kernel[(triton.cdiv(rows, 16),)](x, norm, rows, channels, BR=16, BC=128, num_warps=4)
+    return norm
+
+
 def cosine_match(x: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Score and index (B, S) for x (B, N, C), src (B, S), dst (B, D)."""
     x, src, dst = x.contiguous(), src.contiguous(), dst.contiguous()
     (batch, length, channels), sources, targets = x.shape, src.shape[1], dst.shape[1]
     constants = tile(x.dtype)
-    norm = torch.empty(batch, length, dtype=torch.float32, device=x.device)
-    rows = batch * length
-    _row_norm_fwd_kernel[(triton.cdiv(rows, 16),)](x, norm, rows, channels, channels, BR=16, BC=128, num_warps=4)
+    norm = row_norm(x)
     grid, span = launch(batch, sources, targets, constants)
     score = torch.empty(batch, grid[1], sources, dtype=torch.float32, device=x.device)
     index = torch.empty(batch, grid[1], sources, dtype=torch.int64, device=x.device)

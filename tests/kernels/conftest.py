@@ -8,8 +8,8 @@ os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its own helpe
 import pytest
 import torch
 
-LAUNCHERS = ("attention_graph", "attention_mass", "cosine_match", "distance_match", "facility_location", "merge", "rows",
-             "topk")
+LAUNCHERS = ("agent_attention", "attention_graph", "attention_mass", "cosine_match", "distance_match", "facility_location",
+             "merge", "rows", "similarity_sum", "topk")
 
 
 class PoisonedTorch:

@@ -6,7 +6,8 @@ import torch
 from accel_kernels import _dispatch
 from accel_kernels._dispatch import pick
 
-OPS = ("attention_mass", "cosine_match", "merge", "rows", "topk")
+OPS = ("agent_attention", "attention_mass", "cosine_match", "distance_match", "facility_location", "merge", "rows",
+       "similarity_sum", "topk")
 
 
 def test_auto_on_cpu_is_the_reference():

@@ -3,6 +3,7 @@ import pytest
 import torch
 from families import FAMILIES
 
+from accel_kernels.similarity_sum import similarity_sum
 from methods import sito
 
 
@@ -18,7 +19,7 @@ def cosines(x):
 
 def test_worked_by_hand():
     x = torch.tensor([[[1.0, 0], [1, 0], [0.6, 0.8], [1, 1]]])             # 2 x 2 grid
-    score = sito.sim_score(x)
+    score = similarity_sum(x)
     torch.testing.assert_close(score, torch.tensor([[3.30711, 3.30711, 3.18995, 3.40416]]), atol=1e-5, rtol=0)
     base = sito.base_tokens(score, (1, 2, 2), 2)
     assert base.tolist() == [[3]]
@@ -30,7 +31,7 @@ def test_worked_by_hand():
 
 def test_sim_score_is_the_row_sum_of_the_cosine_matrix():
     x = torch.randn(3, 50, 8)
-    torch.testing.assert_close(sito.sim_score(x), cosines(x).sum(-1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(similarity_sum(x), cosines(x).sum(-1), atol=1e-5, rtol=1e-5)
 
 
 def test_one_base_token_a_full_patch_the_best_one():
@@ -52,7 +53,7 @@ def test_one_base_token_a_full_patch_the_best_one():
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.9])
 def test_pruning_and_recovery(ratio, recover_from):
     x, y = torch.randn(2, 48, 8), torch.randn(2, 48, 3)
-    base = sito.base_tokens(sito.sim_score(x), (1, 6, 8), 2)
+    base = sito.base_tokens(similarity_sum(x), (1, 6, 8), 2)
     plan = sito.prune_plan(x, base, ratio, recover_from)
     P, similarity = min(int(ratio * 48), 36), cosines(x)
     assert plan.segments.length == 48 - P
@@ -74,7 +75,7 @@ def test_pruning_and_recovery(ratio, recover_from):
 def test_pruning_a_duplicate_changes_nothing_for_a_pointwise_layer():
     half = torch.randn(1, 4, 6, 8)
     x = half.repeat_interleave(2, 1).flatten(1, 2)                          # each token twice, one above the other
-    plan = sito.prune_plan(x, sito.base_tokens(sito.sim_score(x), (1, 8, 6), 2), 0.25)
+    plan = sito.prune_plan(x, sito.base_tokens(similarity_sum(x), (1, 8, 6), 2), 0.25)
     torch.testing.assert_close(plan.restore(plan.drop(x).sin()), x.sin())
 
 
