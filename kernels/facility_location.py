@@ -1,9 +1,11 @@
 """Greedy facility location: the k tokens of each region that together resemble all of its tokens best.
 
 S = cosines of a region; f(A) = sum_i max_{a in A} S[a, i]. The first pick is argmax_v sum_i S[v, i]; each later one is
-argmax_v sum_i max(0, S[v, i] - m_i), the largest gain, where m_i is the best similarity of token i to the picks so far.
+argmax_v sum_i max(0, S[v, i] - m_i) among the rest, the largest gain, where m_i is the best similarity of token i to the
+picks so far.
 Of gains that differ by less than 1e-5 * (1 + the largest) the lowest position is taken: two tokens that gain from each
-other alone tie exactly, which happens often, and rounding must not decide. A zero vector has cosine 0 to everything.
+other alone tie exactly, which happens often, and rounding must not decide. No token is picked twice, even where nothing
+gains. A zero vector has cosine 0 to everything.
 
 x (G, n, C) any floating dtype, one region a row | picks (G, k) int64 in the order of picking, 1 <= k <= n. fp32
 accumulation. Cost: 2*G*n*n*(C + k) FLOPs counted, the product and k passes over S. S is held for as many regions as
@@ -44,6 +46,7 @@ def reference(x: Tensor, k: int) -> Tensor:
             similar = torch.bmm(unit, unit.transpose(1, 2))  # (g, v, i)
             best = torch.zeros_like(similar[:, :1])
             gain = similar.sum(dim=2)
+            taken = torch.zeros_like(gain, dtype=torch.bool)
             for j in range(k):
                 largest = gain.amax(dim=1, keepdim=True)
                 chosen = (gain >= largest - TIE * (1 + largest.abs())).byte().argmax(dim=1)  # the first
@@ -51,7 +54,8 @@ def reference(x: Tensor, k: int) -> Tensor:
                 row = similar.gather(1, chosen[:, None, None].expand_as(best))
                 best = row if j == 0 else torch.maximum(best, row)
                 if j + 1 < k:
-                    gain = (similar - best).clamp_min_(0).sum(dim=2)
+                    taken.scatter_(1, chosen[:, None], True)
+                    gain = (similar - best).clamp_min_(0).sum(dim=2).masked_fill_(taken, -torch.inf)
     return picks
 
 

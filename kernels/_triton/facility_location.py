@@ -15,7 +15,7 @@ def tile(tokens: int) -> dict[str, int]:
 def _facility_location_fwd_kernel(p_x, p_picks, N, C, K, TIE, BN: tl.constexpr, BC: tl.constexpr):
     i_g = tl.program_id(0).to(tl.int64)
     o_n = tl.arange(0, BN)
-    m_n = o_n < N
+    m_n = o_n < N  # not picked yet
     p_x += i_g * N * C
     b_dot = tl.zeros([BN, BN], dtype=tl.float32)
     b_square = tl.zeros([BN], dtype=tl.float32)
@@ -29,15 +29,16 @@ def _facility_location_fwd_kernel(p_x, p_picks, N, C, K, TIE, BN: tl.constexpr, 
     b_norm = tl.maximum(tl.sqrt(b_square), 1.1754943508222875e-38)  # the smallest normal number
     b_dot = b_dot / b_norm[:, None] / b_norm[None, :]  # masked rows and columns stay zero: they gain and lose nothing
     b_best = tl.zeros([BN], dtype=tl.float32)
-    b_gain = tl.sum(b_dot, axis=1)
+    b_gain = tl.where(m_n, tl.sum(b_dot, axis=1), float("-inf"))
     for k in range(0, K):
-        largest = tl.max(tl.where(m_n, b_gain, float("-inf")), axis=0)
-        m_best = m_n & (b_gain >= largest - TIE * (1 + tl.abs(largest)))
+        largest = tl.max(b_gain, axis=0)
+        m_best = (b_gain >= largest - TIE * (1 + tl.abs(largest)))
         chosen = tl.min(tl.where(m_best, o_n, BN), axis=0)
         tl.store(p_picks + i_g * K + k, chosen.to(tl.int64))
         b_row = tl.sum(tl.where((o_n == chosen)[:, None], b_dot, 0.0), axis=0)  # [BN]
         b_best = tl.where(k == 0, b_row, tl.maximum(b_best, b_row))
-        b_gain = tl.sum(tl.maximum(b_dot - b_best[None, :], 0.0), axis=1)
+        m_n = m_n & (o_n != chosen)
+        b_gain = tl.where(m_n, tl.sum(tl.maximum(b_dot - b_best[None, :], 0.0), axis=1), float("-inf"))
 
 
 def facility_location(x: torch.Tensor, k: int, tie: float) -> torch.Tensor:

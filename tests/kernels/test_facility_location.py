@@ -14,6 +14,7 @@ def by_definition(x, k):
         for _ in range(k):
             before = similar[chosen].max(0).values if chosen else torch.zeros(len(region), dtype=torch.float64)
             values = [similar[[*chosen, v]].max(0).values.sum() - before.sum() for v in range(len(region))]
+            values = [value if v not in chosen else torch.tensor(-1.0).double() for v, value in enumerate(values)]
             chosen.append(int(torch.stack(values).round(decimals=6).argmax()))
         picks.append(chosen)
     return torch.tensor(picks)
@@ -34,11 +35,18 @@ def test_agrees_with_the_definition(impl, dtype, tokens, k, channels):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_ties_take_the_lower_position(impl):
+def test_ties_take_the_lower_position_once(impl):
     x = torch.ones(2, 16, 4)  # all alike: after the first pick nothing gains
     x[1, 8:] *= -1
     picks = facility_location(x, 3, impl=impl)
-    assert picks.tolist() == [[0, 0, 0], [0, 8, 0]]
+    assert picks.tolist() == [[0, 1, 2], [0, 8, 1]]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_near_copies_are_not_picked_twice(impl):
+    x = 1 + 1e-4 * torch.randn(2, 16, 20, generator=torch.Generator().manual_seed(0))
+    picks = facility_location(x, 16, impl=impl)
+    assert torch.equal(picks.sort().values, torch.arange(16).expand(2, -1))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
