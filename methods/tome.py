@@ -67,8 +67,14 @@ OFF = Config(ratio=0.0)
 
 
 def destinations(frames: int, height: int, width: int, stride: int, random: torch.Generator | None) -> Tensor:
-    """Partition: one position in each full stride x stride cell of each frame, random or (None) the top-left one. -> (D,)"""
+    """Partition: one position in each full stride x stride cell of each frame, random or (None) the top-left one. -> (D,)
+
+    Raises:
+        ValueError: no cell fits the grid.
+    """
     rows, cols = height // stride, width // stride
+    if not rows * cols:
+        raise ValueError(f"stride={stride} is more than the grid of {height} x {width} tokens")
     pick = torch.zeros(frames, rows, cols, dtype=torch.long)
     if random is not None:
         pick = torch.randint(stride * stride, pick.shape, generator=random)

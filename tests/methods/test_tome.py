@@ -35,6 +35,8 @@ def test_merged_length(ratio, rows):
 
 def test_odd_grid_leaves_the_border_to_the_sources():
     assert len(tome.destinations(1, 5, 5, 2, None)) == 4
+    with pytest.raises(ValueError, match="stride=6 is more than the grid of 5 x 9 tokens"):
+        tome.destinations(1, 5, 9, 6, None)
 
 
 def test_one_random_destination_in_each_cell_of_each_frame():
