@@ -106,7 +106,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         if block.stream == "image":
             patch.around(block.attn, wired[-1][1].image)
         else:
-            patch.guard([block.attn], opaque=False)              # no other method may shorten what the projections read
+            patch.guard([block.attn], closed=False)              # no other method may shorten what the projections read
             for projection in (block.attn.to_k, block.attn.to_v):
                 patch.around(projection, wired[-1][1].projection)
 

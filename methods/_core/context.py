@@ -75,6 +75,11 @@ class _Uncopied:
         raise RuntimeError("a patched model or scheduler cannot be copied: the copy would share its state; remove the patches")
 
 
+def _doubled(sample: Tensor) -> bool:
+    """Whether the two halves of the batch are the same latents, as they are where guidance puts its branches together."""
+    return len(sample) % 2 == 0 and torch.equal(*sample.chunk(2))
+
+
 class Run:
     """The sampling run of one model. Shared by all patches on it; made by the first, dropped with the last."""
 
@@ -185,7 +190,7 @@ class Run:
                 self.thread = threading.get_ident()
         if self.i < 0:
             self.i = 0
-            self.guided = len(sample) % 2 == 0 and torch.equal(*sample.chunk(2))
+            self.guided = _doubled(sample)
             if pipes:
                 self.scheduler = self.scheduler or pipes[0].scheduler
                 self.steps = self._steps_from(timestep)
@@ -205,6 +210,8 @@ class Run:
         self.last = timestep, sample
         fresh = self.shapes.get(self.calls) != sample.shape
         self.shapes[self.calls] = sample.shape
+        if fresh and self.guided:                              # guidance may end during a run
+            self.guided = _doubled(sample)
         return StepContext(self.i, self.steps, self.calls, fresh, self.guided, sample, timestep, inputs)
 
     def _steps_from(self, timestep) -> int:

@@ -28,6 +28,7 @@ class Site:
         self.forward = type(module).forward                 # held as a function: the compiler does not look it up on a class
         self.arounds: list[tuple[int, Patch, Callable]] = []
         self.opaque: Patch | None = None                    # computes the module itself, so nothing can sit inside it
+        self.closed: Patch | None = None                    # admits no other patch
 
     def __deepcopy__(self, memo):
         raise RuntimeError("a patched model cannot be copied: the copy would share its state; remove the patches "
@@ -88,12 +89,15 @@ class Patch:
 
     # ---- wiring, used by methods --------------------------------------------------------------------------------------
 
-    def around(self, module: nn.Module, function: Callable, *, opaque: bool = False) -> None:
-        """Call `function(forward, *args, **kwargs)` in place of `module.forward`; `opaque` if it never calls `forward`.
+    def around(self, module: nn.Module, function: Callable, *, opaque: bool = False, closed: bool = False) -> None:
+        """Call `function(forward, *args, **kwargs)` in place of `module.forward`.
+
+        `opaque` if it never calls `forward`, so that nothing can stand inside; `closed` if tokens come in numbers that the
+        stored outputs of others would not fit, so that nothing else can stand on the module.
 
         Raises:
-            ValueError: it cannot stack with a patch already on this module: both would cache it, both reduce its tokens, or
-                one computes the module itself.
+            ValueError: it cannot stack with a patch already on this module: both would cache it, both reduce its tokens, one
+                is opaque with the other inside, or one is closed.
         """
         site = module.__dict__.get("_patch_site")
         if site is None:
@@ -101,28 +105,34 @@ class Patch:
             module._patch_site = site
             module.forward = types.MethodType(_patched_forward, module)
         for depth, other, _ in site.arounds:
+            if other is self:
+                continue
+            outer = next((patch for patch in (self if opaque else None, site.opaque) if patch and patch.depth == CACHE), None)
+            shut = self if closed else site.closed
             reason = None
             if depth == self.depth:
-                reason = "both cache the output" if depth == CACHE else "both reduce the tokens"
-            elif opaque or site.opaque is not None:
-                reason = f"{(self if opaque else site.opaque).name} computes the inside"
-            if reason and other is not self:
+                reason = "both cache the output of" if depth == CACHE else "both reduce the tokens of"
+            elif shut:
+                reason = f"{shut.name} changes how many tokens pass through"
+            elif outer:
+                reason = f"{outer.name} computes the inside of"
+            if reason:
                 self.remove()
-                raise ValueError(f"{self.name} and {other.name} cannot stack: {reason} of the same {type(module).__name__}")
+                raise ValueError(f"{self.name} and {other.name} cannot stack: {reason} the same {type(module).__name__}")
         site.arounds.append((self.depth, self, function))
         site.arounds.sort(key=lambda entry: entry[0])
         site.opaque = self if opaque else site.opaque
+        site.closed = self if closed else site.closed
         self._modules.append(module)
 
-    def guard(self, modules: Iterable[nn.Module], *, opaque: bool = True) -> None:
-        """Leave `modules` as they are and refuse other patches on them, whose tokens or stored outputs would not fit; unless
-        `opaque`, patches of another depth may still stand on them.
+    def guard(self, modules: Iterable[nn.Module], *, closed: bool = True) -> None:
+        """Leave `modules` as they are and refuse patches of the same depth on them, and of any if `closed`.
 
         Raises:
-            ValueError: another patch already stands on one of them.
+            ValueError: such a patch already stands on one of them.
         """
         for module in modules:
-            self.around(module, _as_it_is, opaque=opaque)
+            self.around(module, _as_it_is, closed=closed)
 
     def stand_alone(self) -> None:
         """Refuse every other patch on the model, there already or to come.
@@ -206,6 +216,7 @@ class Patch:
             site = module._patch_site
             site.arounds = [entry for entry in site.arounds if entry[1] is not self]
             site.opaque = None if site.opaque is self else site.opaque
+            site.closed = None if site.closed is self else site.closed
             ours = getattr(module.__dict__.get("forward"), "__func__", None) is _patched_forward
             if not site.arounds and ours:            # else another library wraps our forward: leave it, it passes through
                 del module._patch_site, module.forward
