@@ -2,19 +2,24 @@
 
     python tools/bench.py --plans      writes catalog/plans.json
 
-Random tokens of the shapes named; the attention between reduction and restoration is left out. The floor of a matching plan
-is its own product of sources with destinations, timed in the same rounds.
+Random tokens of the shapes named. First the attention between reduction and restoration is left out; the floor of a matching
+plan is its own product of sources with destinations, by the library that the match itself uses, timed in the same rounds.
+Then the whole layer, attention and its projections, with its peak memory.
 """
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from accel_kernels.similarity_sum import similarity_sum
+from accel_tools.memory import peak_allocated
 from accel_tools.timing import interleave
 from methods import itome, sito, tofu, toma, tome
 from methods._core.tokens import match_plan, merge_plan
@@ -30,9 +35,14 @@ def _matched(x: Tensor, grid: tuple[int, int, int]):
     return match_plan(x, src, dst, tome.reduction(x.shape[1], len(dst), RATIO))
 
 
-def tome_tokens(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+def tome_pair(x: Tensor, grid: tuple[int, int, int]):
     plan = _matched(x, grid)
-    return plan.restore(plan.reduce(x))
+    return plan.reduce, plan.restore
+
+
+def tome_tokens(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    reduce, restore = tome_pair(x, grid)
+    return restore(reduce(x))
 
 
 def tofu_tokens(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
@@ -65,18 +75,23 @@ def toma_tokens(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
     return matrices.restore(matrices.reduce(x))
 
 
-def tomesd_tokens(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+def tomesd_pair(x: Tensor, grid: tuple[int, int, int]):
     from tomesd.merge import bipartite_soft_matching_random2d
     _, height, width = grid
-    merge, unmerge = bipartite_soft_matching_random2d(x, width, height, 2, 2, int(x.shape[1] * RATIO),
-                                                      generator=torch.Generator().manual_seed(0))
+    return bipartite_soft_matching_random2d(x, width, height, 2, 2, int(x.shape[1] * RATIO),
+                                            generator=torch.Generator().manual_seed(0))
+
+
+def tomesd_tokens(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    merge, unmerge = tomesd_pair(x, grid)
     return unmerge(merge(x))
 
 
-def product(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """The matching's own product, in one piece."""
+def product(x: Tensor, grid: tuple[int, int, int]) -> list[Tensor]:
+    """The matching's own product, through oneDNN like the match, in pieces of 2^18 so that none has to leave the cache."""
     D = x.shape[1] // 4
-    return x[:, D:] @ x[:, :D].mT
+    return [F.linear(rows.to_mkldnn(), weight) for sample in x for weight in (sample[:D].to_mkldnn(),)
+            for rows in sample[D:].split(2 ** 18 // D)]
 
 
 def plan_alone(x: Tensor, grid: tuple[int, int, int]) -> Any:
@@ -88,8 +103,39 @@ WAYS: dict[str, Callable[[Tensor, tuple[int, int, int]], Any]] = {
     "toma": toma_tokens, "plan of tome": plan_alone, "product": product}
 
 
+def layer(way: Callable[..., Any] | None, attention: Attention, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Self-attention of x, on all tokens or between what `way` gives as reduction and restoration."""
+    if way is None:
+        return attention(x)
+    reduce, restore = way(x, grid)
+    return restore(attention(reduce(x)))
+
+
+def measure(rounds: int = 9) -> dict[str, list[dict[str, Any]]]:
+    """The plans by themselves (`rows`), and whole layers around which they stand (`layers`)."""
+    return {"rows": measure_plans(rounds), "layers": measure_layers(max(1, rounds // 3))}
+
+
 @torch.no_grad()
-def measure(rounds: int = 9) -> list[dict[str, Any]]:
+def measure_layers(rounds: int) -> list[dict[str, Any]]:
+    """For each shape and way: median seconds, the median ratio of plain to it, and the peak of memory in bytes."""
+    found = []
+    for name, (batch, height, width, channels) in SHAPES.items():
+        heads = 8 if channels == 320 else 16
+        torch.manual_seed(0)
+        attention = Attention(channels, heads=heads, dim_head=channels // heads).eval()
+        x = torch.randn(batch, height * width, channels)
+        calls = {label: partial(layer, way, attention, x, (1, height, width))
+                 for label, way in {"plain": None, "tomesd": tomesd_pair, "tome": tome_pair}.items()}
+        seconds = interleave(calls, rounds)
+        found += [{"tokens": name, "way": way, "seconds": median(times), "peak_bytes": peak_allocated(calls[way]),
+                   "speedup": median(a / b for a, b in zip(seconds["plain"], times, strict=True))}
+                  for way, times in seconds.items()]
+    return found
+
+
+@torch.no_grad()
+def measure_plans(rounds: int) -> list[dict[str, Any]]:
     """For each shape and way: median seconds, and the median over rounds of its ratio to tomesd's and to the product's."""
     rows = []
     for name, (batch, height, width, channels) in SHAPES.items():

@@ -95,9 +95,9 @@ def write_baseline(model: str, part: dict[str, Any], folder: Path = ROOT / "cata
     return _write(path, {"schema": 1, "model": model} | _read(path) | rounded(part))
 
 
-def write_plans(rows: list[dict[str, Any]], path: Path = ROOT / "catalog/plans.json") -> dict[str, Any]:
+def write_plans(found: dict[str, Any], path: Path = ROOT / "catalog/plans.json") -> dict[str, Any]:
     """What reducing tokens costs by itself, whole or not at all. -> what was written"""
-    found = rounded({"schema": 1, "rows": rows, **provenance()})
+    found = rounded({"schema": 1, **found, **provenance()})
     _write(path, found)
     return found
 
