@@ -16,7 +16,7 @@ Map
 
 Departures
     A reconstruction: no code was released, and the page rank, its aggregation over heads and the copy follow second-hand
-    accounts of the paper. `rounds` of the rank and the length of the `early` phase are choices of ours.
+    accounts of the paper. `rounds` of the rank is a choice of ours; `early` assumes that the phase is 15 steps of 50.
     The rank, and the partner of each dropped token, are read from queries and keys a tile at a time; the map is never held.
     The rank is that of self-attention, which the authors prefer to the one of cross-attention.
     A diffusion transformer (DiT, PixArt) is taken as one transformer of as many layers as it has blocks, whole in the early
@@ -57,7 +57,7 @@ __all__ = ["OFF", "Config", "Transformer", "apply", "page_rank", "prune", "trans
 class Config:
     ratio: float = 0.63             # rho: share of tokens dropped (0.63 for 4.1 of SDXL's 6.7 TFLOPs)
     rounds: int = 4                 # steps of the page rank (not published; ours)
-    early: float = 0.3              # share of the steps, from the first, in which fewer transformers prune (ours)
+    early: float = 0.3              # share of the steps, from the first, in which fewer transformers prune (assumed)
     spare: tuple[int, ...] = ()     # levels left alone; (1,) is the paper's variant for fused attention on SDXL
     shared: bool = False            # one ranking for both guidance branches, the sum of theirs (not published; ours)
 
@@ -68,6 +68,8 @@ class Config:
             raise ValueError(f"rounds={self.rounds} must be at least 1")
         if not 0 <= self.early <= 1:
             raise ValueError(f"early={self.early} outside [0, 1]")
+        if not isinstance(self.spare, (tuple, list)) or not all(isinstance(level, int) for level in self.spare):
+            raise ValueError(f"spare={self.spare!r} must be a tuple of levels, such as (1,)")
 
 
 OFF = Config(ratio=0.0)
@@ -143,9 +145,11 @@ class _Pruner:
         first, last = self.transformer.blocks[0], self.transformer.blocks[-1]
         patch.around(first.attn.to_q, self.query)
         patch.around(first.attn.to_k, self.key)
+        patch.around(first.attn, self.attend, closed=True)
         patch.around(first.module, self.cut)
         patch.around(last.module, self.fill)
-        patch.guard(branch.module for block in self.transformer.blocks for branch in block.branches)
+        patch.guard(branch.module for block in self.transformer.blocks for branch in block.branches
+                    if branch.module is not first.attn)
 
     def query(self, forward, x: Tensor) -> Tensor:
         self.q = forward(x)
@@ -154,6 +158,12 @@ class _Pruner:
     def key(self, forward, x: Tensor) -> Tensor:
         self.k = forward(x)
         return self.k
+
+    def attend(self, forward, x: Tensor, *args, **kwargs) -> Tensor:
+        out, attn = forward(x, *args, **kwargs), self.transformer.blocks[0].attn
+        if self.q is None and self.kept is not None:            # fused projections: these two were not called
+            attn.to_q(x), attn.to_k(x)
+        return out
 
     def cut(self, forward, x: Tensor, *args, **kwargs) -> Tensor:
         out = forward(x, *args, **kwargs)
@@ -194,7 +204,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         pruner.wire(patch)
 
     def decide(context: StepContext) -> None:
-        early = context.i < int(config.early * context.steps)
+        early = context.i < int(round(config.early * context.steps, 9))         # 0.7 * 90 is a little less than 63
         for pruner in pruners:
             first = pruner.transformer.blocks[0]
             frames, height, width = denoiser.grid(context.inputs, first)

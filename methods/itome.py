@@ -11,15 +11,19 @@ Map
     sizes           r merged, D destinations, M in the pool              sizes
     pool            the M most important; D of them are destinations     draw
     matching        by cosine on a UNet, by place on a transformer       nearest_place, apply
-    forced merging  of every token below the pool's least importance     apply
+    forced merging  of every token below the pool's least importance     draw, which finds them; _Layer.make, choose in apply
     schedule        grid, then importance; prune, then merge             apply
 
 Departures
     The draw is made once a step, from `seed`, and shared by all blocks; the official code draws in every block from the
-    global generator.
+    global generator, and its pipelines apply the patch anew at every step, which restarts the generator of the grid.
+    The noise that breaks ties of distance is shared by the images of a batch while destinations come from a grid.
+    The destination modes top_k, bottom_k and evenly_k are left out. The official `original_tome` is `places=False` here,
+    which leaves cross-attention alone.
     Steps, layers, sizes and matching of the two official demos are the defaults of UNet and transformer.
-    Without guidance there is no importance, and destinations come from a grid throughout, as in the first step.
-    Where a model calls its guidance branches apart, the importance is taken from the two calls of the last step.
+    Without guidance there is no importance, and destinations come from a grid throughout, as in the first step; so too where
+    a model is called once for each guidance branch, which no pipeline of these models does.
+    The official demos switch fused attention off, so that their times compare with attention that is not fused.
     Transformers other than PixArt merge in the same middle half of their depth; Latte in its spatial blocks.
 
 Example
@@ -101,14 +105,13 @@ def sizes(tokens: int, ratio: float, destinations: float, pool: float) -> tuple[
     """(r, D, M): tokens merged away, destinations, and pool size of a sequence.
 
     Raises:
-        ValueError: the pool is smaller than the number of destinations.
+        ValueError: more tokens are to be merged away than there are sources.
     """
     r, D = int(tokens * ratio), int(tokens * destinations)
-    M = min(int((tokens - r) * pool), tokens)
-    if M < D:
-        raise ValueError(f"ratio={ratio} leaves a pool of {M} for {D} destinations; it may be at most "
-                         f"1 - destinations / pool = {1 - destinations / pool:.4g}")
-    return r, D, M
+    if r > tokens - D:
+        raise ValueError(f"ratio={ratio} merges away {r} of {tokens - D} sources; it may be at most "
+                         f"1 - destinations = {1 - destinations:.4g}")
+    return r, D, min(int((tokens - r) * pool), tokens)
 
 
 def draw(importance: Tensor, D: int, M: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,28 +154,6 @@ class _Layer(Reduction):
         return self.ready.restore(forward(self.reducer(self.ready, x), *args, **kwargs))
 
 
-class _Guidance:
-    """Keeps the model outputs of one step, which hold both guidance branches."""
-
-    def __init__(self):
-        self.outputs: list[Tensor] = []
-        self.last: Tensor | None = None         # both branches of the last step, where importance is to be used
-
-    def observe(self, forward, *args, **kwargs):
-        out = forward(*args, **kwargs)
-        self.outputs.append(out[0])
-        return out
-
-    def reset(self) -> None:
-        self.outputs.clear()
-        self.last = None
-
-    def halves(self, context: StepContext) -> Tensor | None:
-        """The two branches of the last step along the batch, or None where there is only one or its shape is another."""
-        both = context.guided and len(self.outputs) == 1 or len(self.outputs) == 2
-        return torch.cat(self.outputs) if both and not context.fresh else None
-
-
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Merge around attention, with destinations where guidance changed the last prediction most.
 
@@ -180,7 +161,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         target: a diffusers pipeline, or its UNet or transformer, sampled with classifier-free guidance.
 
     Raises:
-        ValueError: no such block, or positions enter inside the attention; too small a pool for the ratio; already applied.
+        ValueError: no such block, or positions enter inside the attention; too few sources for the ratio; already applied.
     """
     patch = Patch(target, "itome", depth=TOKENS)
     if config.ratio == 0:
@@ -199,17 +180,21 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     except ValueError:
         patch.remove()
         raise
-    guidance = _Guidance()
-    patch.around(patch.model, guidance.observe)
+    output = patch.feature()
+
+    def observe(forward, *args, **kwargs):
+        out = forward(*args, **kwargs)
+        output.value = out[0]
+        return out
+
+    patch.around(patch.model, observe)
     for layer in layers:
         layer.wire(patch)
         if places and layer.block.cross is not None:
             patch.around(layer.block.cross, layer.cross)
 
     def prepare(context: StepContext) -> None:
-        if context.branch == 0:
-            guidance.last = guidance.halves(context) if context.i >= importance_from else None
-            guidance.outputs.clear()
+        halves = output.value if context.guided and context.i >= importance_from else None      # of the last step
         random = context.random(config.seed)
         drawn: dict[tuple, tuple] = {}
         for layer in layers:
@@ -217,21 +202,21 @@ def apply(target: Any, config: Config = Config()) -> Patch:
                 continue
             grid = denoiser.grid(context.inputs, layer.block)
             if grid not in drawn:
-                drawn[grid] = choose(context, grid, random)
+                drawn[grid] = choose(context, grid, halves, random)
             layer.tokens, (layer.match, layer.ready) = prod(grid), drawn[grid]
             layer.reducer = Plan.drop if context.i < merge_from else Plan.reduce
             patch.counts["pruned" if context.i < merge_from else "merged"] += 1
 
-    def choose(context: StepContext, grid: tuple[int, int, int], random: torch.Generator) -> tuple:
+    def choose(context: StepContext, grid: tuple[int, int, int], halves: Tensor | None, random: torch.Generator) -> tuple:
         tokens, sample, copies = prod(grid), context.sample, 1
-        if guidance.last is None:
+        if halves is None:
             src, dst = (at[None] for at in partition(grid, 2, random, sample.device))
             r = reduction(tokens, dst.shape[1], ratio)
             forced = torch.zeros(1, 1, device=sample.device)
         else:
             r, D, M = sizes(tokens, ratio, config.destinations, pool)
-            dst, src, below = draw(importance(guidance.last, sample.shape[1], *grid[1:]), D, M, random)
-            forced, copies = below * FORCE, 2 if context.guided else 1
+            dst, src, below = draw(importance(halves, sample.shape[1], *grid[1:]), D, M, random)
+            forced, copies = below * FORCE, 2
         if not places:
             return tuple(each.repeat(copies, 1) for each in (src, dst, forced)) + (r,), None
         score, into = nearest_place(src, dst, grid[2])
@@ -240,5 +225,4 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         return None, merge_plan(score, into, src, dst, r, sample[:, 0].flatten(0, -3).shape[0])
 
     patch.each_call(prepare)
-    patch.each_run(guidance.reset)
     return patch

@@ -13,8 +13,9 @@ Map
     placement  prune before the separation depth, MLERP from it on  prunes, apply
 
 Departures
-    There is no official code. Two public reimplementations separate at half the depth, which is the default here; which
-    blocks of a UNet prune is a choice made here: depth is the place among all transformer blocks in execution order.
+    There is no official code. Two public reimplementations separate at half the depth, which is the default here; one of
+    them, OpenToMe, begins to merge one layer later (i > L // 2). Which blocks of a UNet prune is a choice made here: depth is
+    the place among all transformer blocks in execution order.
     A widely copied MLERP divides by the destination's own norm instead of the mean's and so keeps no norm.
     The fine-tuned form for classifiers is left out.
     What ToMe's module says of destinations, SD3, Flux and CogVideoX holds here too.
@@ -75,7 +76,7 @@ def mlerp(plan: Plan, x: Tensor) -> Tensor:
 
 def prunes(index: int, depth: int, separation: float) -> bool:
     """Whether block `index` (from 0) of `depth` lies before the separation depth d0 = separation * depth."""
-    return index < separation * depth
+    return index < round(separation * depth, 9)           # 0.28 * 25 is a little more than 7
 
 
 def apply(target: Any, config: Config = Config()) -> Patch:

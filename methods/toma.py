@@ -23,7 +23,11 @@ Departures
     a merged token is turned to the place of its destination.
     Grids need not be square: a tile is as large as divides the grid, up to `side`.
     Only self-attention is wrapped, in a Flux single block also the MLP beside it, as released. The paper's SDXL setting,
-    which is not released, also merges around cross-attention and MLP.
+    which is not released, also merges around cross-attention and MLP; it is left out.
+    The paper is said to choose every 10 steps and to weigh every 5 (`select_every`, `weigh_every`), which was not checked;
+    the released script does both at every step that merges. What falls due between such steps is done at the next one.
+    The released code counts blocks across calls and so serves one image, takes 512 text tokens for granted, and its script
+    unpacks two values where the pipeline returns one.
     The blocks of a kind are those of one stage of a UNet, or of one stream of a transformer.
 
 Example
@@ -61,8 +65,8 @@ class Config:
     side: int = 4               # of a tile; a stripe holds side^2 tokens (released: 256 tiles of 4 x 4 on 64 x 64)
     scale: float = 1000.0       # tau of the softmax over destinations; large is nearly a hard choice
     every: int = 1              # merge at every so many steps, others run whole (released Flux script: 3)
-    select_every: int = 1       # steps between two choices of destinations
-    weigh_every: int = 1        # steps between two computations of the matrices; divides select_every
+    select_every: int = 1       # steps from one choice of destinations to the next, at least
+    weigh_every: int = 1        # steps from one computation of the matrices to the next, at least; divides select_every
     skip: int = 0               # leading blocks of each kind left alone (released Flux script: 5)
     max_downsample: int = 1     # merge where the grid is at most this many times coarser than the latent
 
@@ -71,7 +75,7 @@ class Config:
             raise ValueError(f"ratio={self.ratio} outside [0, 1)")
         if self.region not in ("tile", "stripe", "global"):
             raise ValueError(f"region={self.region!r} must be 'tile', 'stripe' or 'global'")
-        for name in ("side", "every", "select_every", "weigh_every", "max_downsample"):
+        for name in ("side", "every", "select_every", "weigh_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.select_every % self.weigh_every:
@@ -80,20 +84,29 @@ class Config:
             raise ValueError(f"skip={self.skip} must not be negative")
         if self.scale <= 0:
             raise ValueError(f"scale={self.scale} must be positive")
+        if self.max_downsample not in (1, 2, 4, 8):
+            raise ValueError(f"max_downsample={self.max_downsample} must be 1, 2, 4 or 8")
 
 
 OFF = Config(ratio=0.0)
 
 
 def regions(frames: int, height: int, width: int, region: str, side: int) -> Tensor:
-    """Positions of each region of each frame, in row-major order inside. -> (P, n), every position once."""
+    """Positions of each region of each frame, in row-major order inside. -> (P, n), every position once.
+
+    Raises:
+        ValueError: no region of two tokens or more divides the grid.
+    """
     place = torch.arange(frames * height * width).view(frames, height, width)
-    if region == "global":
-        return place.view(frames, -1)
-    if region == "stripe":
-        return place.view(-1, _fit(height * width, side * side))
     h, w = _fit(height, side), _fit(width, side)
-    return place.view(frames, height // h, h, width // w, w).transpose(2, 3).reshape(-1, h * w)
+    if region == "global":
+        h, w = height, width
+    elif region == "stripe":
+        place, h, w = place.flatten(1)[:, None], 1, _fit(height * width, side * side)
+    if h * w == 1:
+        raise ValueError(f"region={region!r} of side={side} holds one token of a {height} x {width} grid, so nothing would "
+                         "merge: take another size, side or region")
+    return place.view(frames, place.shape[1] // h, h, place.shape[2] // w, w).transpose(2, 3).reshape(-1, h * w)
 
 
 def _fit(length: int, most: int) -> int:
@@ -111,10 +124,11 @@ def weights(x: Tensor, dst: Tensor, scale: float) -> Tensor:
 
     Columns sum to one: the softmax runs over the destinations.
     """
-    x = x.float()
-    x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    chosen = x.gather(2, dst[..., None].expand(*dst.shape, x.shape[3]))
-    return (scale * (chosen @ x.mT)).softmax(dim=-2)
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.float()
+        x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        chosen = x.gather(2, dst[..., None].expand(*dst.shape, x.shape[3]))
+        return (scale * (chosen @ x.mT)).softmax(dim=-2)
 
 
 class Matrices(NamedTuple):
@@ -138,13 +152,27 @@ class Matrices(NamedTuple):
 
 
 class _Share:
-    """What the blocks of one kind have in common: destinations and matrices, and when they are due. The host fills it in."""
+    """What the blocks of one kind have in common: destinations and matrices, and when they are due. The host fills it in.
+
+    `selected` and `weighed` are the steps of the last ones, by guidance branch.
+    """
 
     def __init__(self, blocks: list[Block], chosen: Feature, share: Feature):
         self.blocks, self.chosen, self.share = blocks, chosen, share
+        self.selected: dict[int, int] = {}
+        self.weighed: dict[int, int] = {}
         self.places = self.back = None
         self.k = 0
         self.select = self.weigh = False
+
+    def due(self, i: int, branch: int, select_every: int, weigh_every: int) -> None:
+        """Decide what step i, which runs at least one of the blocks, computes."""
+        self.select = self.chosen.value is None or i - self.selected[branch] >= select_every
+        self.weigh = self.select or i - self.weighed[branch] >= weigh_every
+        if self.select:
+            self.selected[branch] = i
+        if self.weigh:
+            self.weighed[branch] = i
 
     def compute(self, x: Tensor, scale: float) -> None:
         """From the tokens x (B, N, C) of the first block of the kind."""
@@ -224,7 +252,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         target: a diffusers pipeline, or its UNet or transformer.
 
     Raises:
-        ValueError: no such block, `skip` leaves none, or already applied.
+        ValueError: no such block, `skip` leaves none, or already applied; when it runs, a grid that no region divides.
     """
     patch = Patch(target, "toma", depth=TOKENS)
     if config.ratio == 0:
@@ -249,8 +277,8 @@ def apply(target: Any, config: Config = Config()) -> Patch:
             share.k = max(1, (tokens - int(tokens * config.ratio)) // len(places))
             share.places = places.to(context.sample.device)
             share.back = places.flatten().argsort().to(context.sample.device)
-            share.select = share.chosen.value is None or context.i % config.select_every == 0
-            share.weigh = share.select or share.share.value is None or context.i % config.weigh_every == 0
+            if reached:
+                share.due(context.i, context.branch, config.select_every, config.weigh_every)
             for merge in members:
                 merge.tokens, merge.active = tokens, merge in reached
                 merge.leads = share.weigh and merge in reached[:1]

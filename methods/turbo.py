@@ -18,8 +18,10 @@ Departures
     From the released code: the score with its constants.
     Reconstructed: tokens are split as in ToMe; there is no class token, so the semantic value is the mean attention
     from all tokens; it is that of the block's last step, since the map of this step is known only after merging. The
-    first step of a run ranks by similarity alone. What the constants should be for diffusion is not known.
+    first step of a run ranks by similarity alone. A merged token's attention goes to each of its members whole, not divided
+    among them. What the constants should be for diffusion is not known.
     A destination's own semantic value does not count, as in the released code.
+    What ToMe's module says of SD3, Flux and CogVideoX holds here too; a plan for the whole batch takes the mean value.
     Tokens are restored in every block, so there are no token sizes to carry along and no size term in the attention.
 
 Example
@@ -51,16 +53,15 @@ from methods.tome import partition, reduction
 
 __all__ = ["OFF", "Config", "apply", "edge_score", "weight"]
 
-FAMILIES = ("unet", "dit", "pixart", "latte", "flux")           # whose attention maps can be summed up
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     ratio: float = 0.5            # r / N, as in ToMe; capped at 1 - 1 / stride^2
-    alpha: float = 5.0            # weight of the semantic value; released code, which multiplies it by 30
+    alpha: float = 5.0            # weight of the semantic value; released scripts, and the code multiplies it by 30
     beta: float = 1.0             # decay of that weight per layer away from gamma; released code
     gamma: int = 0                # layer of full weight, counted over those that merge; released code
-    fusion: str = "difference"    # redundancy minus ("difference", released code) or over ("ratio") the semantic value
+    fusion: str = "difference"    # redundancy minus ("difference", released code) or over ("ratio") the semantic value;
+                                  # "ratio" leaves alpha, beta and gamma without effect
     stride: int = 2               # side of a destination cell, as in ToMe
     max_downsample: int = 1       # where the grid is at most this many times coarser than the latent, as in ToMe
     random: bool = True           # a random destination in each cell, else its top-left corner
@@ -140,16 +141,15 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         target: a diffusers pipeline, or its UNet or transformer.
 
     Raises:
-        ValueError: no such block, another model family, or already applied.
+        ValueError: no such block (SDXL has none at full resolution: use `max_downsample=2`); or already applied.
     """
     patch = Patch(target, "turbo", depth=TOKENS)
     if config.ratio == 0:
         return patch
     denoiser = describe(patch.model)
     blocks = patch.require(
-        (b for b in denoiser.blocks if 2 ** b.level <= config.max_downsample and not b.temporal
-         and denoiser.family in FAMILIES),
-        f"self-attention at a downsampling of {config.max_downsample} or less in a model of {', '.join(FAMILIES)}")
+        (b for b in denoiser.blocks if 2 ** b.level <= config.max_downsample and not b.temporal),
+        f"self-attention at a downsampling of {config.max_downsample} or less")
     layers = [_Layer(block, patch.feature(), weight(place, config.alpha, config.beta, config.gamma), config.fusion)
               for place, block in enumerate(blocks)]
     for layer in layers:

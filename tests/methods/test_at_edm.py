@@ -4,7 +4,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from families import FAMILIES
 
+from accel_tools.macs import count_macs
 from methods import at_edm
+from methods._core.attention import heads
 from methods._core.denoiser import describe
 
 
@@ -57,6 +59,14 @@ def test_rank_prune_and_copy_in_a_loop():
         assert torch.equal(plan.restore(plan.drop(x))[b], expected)
 
 
+def test_the_rank_of_one_head_is_a_distribution():
+    q, k = torch.randn(2, 1, 20, 8), torch.randn(2, 1, 20, 8)
+    for rounds in (1, 4):
+        rank = at_edm.page_rank(q, k, at_edm.log_sums(q, k), rounds)
+        assert (rank > 0).all()
+        torch.testing.assert_close(rank.sum(1), torch.ones(2))
+
+
 def test_a_doubly_stochastic_map_ranks_all_alike():
     a = torch.tensor([[0.2, 0.3, 0.5], [0.5, 0.2, 0.3], [0.3, 0.5, 0.2]])
     q, k = queries_for(a)
@@ -70,6 +80,68 @@ def test_a_shared_ranking_keeps_the_same_tokens_in_both_branches():
     plan = at_edm.prune(q, k, kept=7, rounds=3, shared=True)
     assert torch.equal(plan.owner[:2], plan.owner[2:])
     assert not torch.equal(at_edm.prune(q, k, kept=7, rounds=3).owner[0], plan.owner[0])
+
+
+def plans_of(monkeypatch, name, config, fuse=False, **run):
+    """A run of two steps: queries and keys of each ranking, computed apart from the patch, and its plan. And the result."""
+    family, inputs, plans, found = FAMILIES[name], [], [], []
+    pipe, prune = family.pipe(), at_edm.prune
+    monkeypatch.setattr(at_edm, "prune", lambda *args: plans.append(prune(*args)) or plans[-1])
+    model = getattr(pipe, "unet", None) or pipe.transformer
+    if fuse:
+        model.fuse_qkv_projections()
+    firsts = [each.blocks[0].attn for each in at_edm.transformers(describe(model))]
+    for attn in firsts:
+        attn.register_forward_pre_hook(lambda attn, args: inputs.append((attn, args[0])))
+    with at_edm.apply(pipe, config):
+        out = family.run(pipe, steps=2, **run)
+    for attn, x in inputs:
+        found.append([heads(projection(x), attn) for projection in (attn.to_q, attn.to_k)])
+    assert len(plans) == len(found) == 2 * len(firsts)
+    return list(zip(found, plans, strict=True)), out
+
+
+@pytest.mark.parametrize("name", ["sdxl", "dit"])
+def test_the_plan_is_that_of_the_first_layer(monkeypatch, name):
+    for (q, k), plan in plans_of(monkeypatch, name, at_edm.Config(ratio=0.5, early=0.0))[0]:
+        assert torch.equal(plan.segments.source, at_edm.prune(q, k, q.shape[2] // 2, 4).segments.source)
+
+
+def test_guidance_branches_share_a_ranking_if_asked_to(monkeypatch):
+    config = at_edm.Config(ratio=0.5, early=0.0, shared=True)
+    for _, plan in plans_of(monkeypatch, "sdxl", config, batch=2)[0]:
+        assert torch.equal(plan.owner[:2], plan.owner[2:]) and not torch.equal(plan.owner[0], plan.owner[1])
+    for _, plan in plans_of(monkeypatch, "sdxl", config, batch=2, guidance=1.0)[0]:
+        assert not torch.equal(plan.owner[0], plan.owner[1])
+
+
+def test_fused_projections_give_the_same(monkeypatch):
+    config = at_edm.Config(ratio=0.5, early=0.0)
+    expected = plans_of(monkeypatch, "pixart", config)[1]
+    torch.testing.assert_close(plans_of(monkeypatch, "pixart", config, fuse=True)[1], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.75])
+def test_what_the_later_layers_cost(ratio):
+    """Linear in the kept tokens but for self-attention, which is quadratic; the ranking comes on top."""
+    pipe, C, N = FAMILIES["dit"].pipe(layers=4), 32, 64
+    K = N - int(N * ratio)
+
+    def layer(n):
+        return 12 * n * C * C + 2 * n * n * C
+    before = count_macs(lambda: FAMILIES["dit"].run(pipe, steps=1))
+    with at_edm.apply(pipe, at_edm.Config(ratio=ratio, early=0.0, rounds=3)):
+        after = count_macs(lambda: FAMILIES["dit"].run(pipe, steps=1))
+    ranking = (1 + 3) * N * N * C + (N - K) * K * C
+    assert before - after == 2 * (3 * (layer(N) - layer(K)) - ranking)
+
+
+@pytest.mark.parametrize("early, steps, whole", [(0.7, 90, 63), (0.29, 100, 29), (0.3, 5, 1)])
+def test_the_length_of_the_early_phase(early, steps, whole):
+    pipe = FAMILIES["dit"].pipe(layers=2)
+    with at_edm.apply(pipe, at_edm.Config(early=early)) as patch:
+        FAMILIES["dit"].run(pipe, steps=steps)
+        assert patch.report()["whole"] == whole
 
 
 def sdxl_like():
@@ -136,7 +208,8 @@ def test_a_bare_model_is_refused():
 
 
 @pytest.mark.parametrize("wrong, named", [({"ratio": 1.0}, "ratio=1.0"), ({"rounds": 0}, "rounds=0"),
-                                          ({"early": 1.5}, "early=1.5")])
+                                          ({"early": 1.5}, "early=1.5"), ({"spare": 1}, "spare=1"),
+                                          ({"spare": ("mid",)}, "spare=")])
 def test_bad_values_are_named(wrong, named):
     with pytest.raises(ValueError, match=named):
         at_edm.Config(**wrong)

@@ -6,7 +6,7 @@ from families import FAMILIES
 from accel_kernels.cosine_match import cosine_match
 from methods import itome
 from methods._core.denoiser import describe
-from methods._core.tokens import merge_plan
+from methods._core.tokens import Plan, match_plan, merge_plan
 
 
 @pytest.mark.parametrize("check, case", contract.cases(itome, itome.Config()), ids=contract.name)
@@ -34,14 +34,16 @@ def test_sizes(tokens, ratio, pool, expected):
     assert itome.sizes(tokens, ratio, 0.25, pool) == expected
 
 
-def test_a_ratio_that_leaves_no_pool_is_refused():
-    itome.sizes(9216, 0.82, 0.25, 1.4)
-    with pytest.raises(ValueError, match="at most .* = 0.8214"):
-        itome.sizes(9216, 0.83, 0.25, 1.4)
+def test_a_ratio_that_leaves_too_few_sources_is_refused():
+    assert itome.sizes(9216, 0.75, 0.25, 1.4) == (6912, 2304, 3225)
+    with pytest.raises(ValueError, match="at most 1 - destinations = 0.75"):
+        itome.sizes(9216, 0.76, 0.25, 1.4)
     pipe = FAMILIES["unet"].pipe()
-    with pytest.raises(ValueError, match="pool"):
-        itome.apply(pipe, itome.Config(ratio=0.83))
+    with pytest.raises(ValueError, match="ratio=0.76"):
+        itome.apply(pipe, itome.Config(ratio=0.76))
     assert "_patch_run" not in vars(pipe.unet)
+    with itome.apply(pipe, itome.Config(ratio=0.75)):
+        FAMILIES["unet"].run(pipe, size=(32, 48))
 
 
 def drawn(importance, ratio=0.7, pool=1.4):
@@ -80,6 +82,15 @@ def test_constant_importance_forces_nothing():
     assert not drawn(torch.ones(1, 96))[5].any()
 
 
+def test_a_constant_importance_over_the_whole_is_tome_with_random_destinations():
+    x = torch.randn(1, 96, 8)
+    r, D, M, dst, src, below = drawn(torch.ones(1, 96), 0.5, 2.0)
+    assert M == 96 and dst[0].tolist() == torch.randperm(96, generator=torch.Generator().manual_seed(0))[:D].tolist()
+    value, into = cosine_match(x, src, dst)
+    plan = merge_plan(value + below * itome.FORCE, into, src, dst, r)
+    assert torch.equal(plan.segments.source, match_plan(x, src[0], dst[0], r).segments.source)
+
+
 def test_nearest_place():
     src, dst = torch.tensor([[0, 5, 23]]), torch.tensor([[3, 20]])         # 4 x 6 grid: (0,0) (0,5) (3,5); (0,3) (3,2)
     score, into = itome.nearest_place(src, dst, 6)
@@ -112,6 +123,95 @@ def first_layer(pipe):
     return block.attn._patch_site.arounds[0][2].__self__
 
 
+@pytest.mark.parametrize("name, kept, pool, importance_from, merge_from", [
+    ("unet", 256 - 179, 107, 2, 2), ("pixart", 32, 32, 1, 4)])
+def test_the_defaults_of_the_demos(monkeypatch, name, kept, pool, importance_from, merge_from):
+    now, used, merged, lengths, draw = [], [], [], set(), itome.draw
+    pipe = FAMILIES[name].pipe()
+    monkeypatch.setattr(itome, "draw", lambda *args: used.append((len(now), args[2])) or draw(*args))
+    with itome.apply(pipe):
+        layer = first_layer(pipe)
+
+        def look(module, args):
+            lengths.add(args[0].shape[1])
+            merged.append(layer.reducer is Plan.reduce)
+            now.append(None)
+        layer.block.attn.to_q.register_forward_pre_hook(look)
+        FAMILIES[name].run(pipe, steps=6)
+    assert used == [(i, pool) for i in range(importance_from, 6)]
+    assert merged == [False] * merge_from + [True] * (6 - merge_from)
+    assert lengths == {kept}
+
+
+def test_which_blocks_merge():
+    pipe = FAMILIES["pixart"].pipe(layers=28)
+    with itome.apply(pipe):
+        blocks = describe(pipe.transformer).blocks
+        assert [block.index for block in blocks if hasattr(block.attn, "_patch_site")] == list(range(7, 21))
+    pipe = FAMILIES["unet"].pipe()
+    for limit, levels in ((1, {0}), (2, {0, 1})):
+        with itome.apply(pipe, itome.Config(max_downsample=limit)):
+            assert {block.level for block in describe(pipe.unet).blocks if hasattr(block.attn, "_patch_site")} == levels
+
+
+@pytest.mark.parametrize("name", ["unet", "pixart"])
+def test_every_token_less_important_than_the_pool_is_merged(monkeypatch, name):
+    draws, plans, draw = [], [], itome.draw
+    pipe = FAMILIES[name].pipe()
+    monkeypatch.setattr(itome, "draw", lambda *args: draws.append(args[:3]) or draw(*args))
+    with itome.apply(pipe, itome.Config(importance_from=1)):
+        layer = first_layer(pipe)
+        make = layer.planner
+        layer.planner = lambda x: plans.append(make(x)) or plans[-1]
+        FAMILIES[name].run(pipe, steps=4, batch=2)
+    for (score, D, M), plan in zip(draws, plans[1:], strict=True):
+        threshold = score.sort(1, descending=True).values[:, M - 1].repeat(2)
+        assert plan.owner.shape[0] == 4 and plan.segments.length > D
+        for b in range(4):
+            assert (score[b % 2, plan.owner[b]] >= threshold[b]).all()
+
+
+def test_an_early_step_reads_tokens_as_they_are():
+    pipe, whole, rows, plans = FAMILIES["unet"].pipe(), [], [], []
+    with itome.apply(pipe, itome.Config(importance_from=1, merge_from=9)):
+        layer = first_layer(pipe)
+        make = layer.planner
+        layer.planner = lambda x: plans.append(make(x)) or plans[-1]
+        layer.block.attn.register_forward_pre_hook(lambda _, args: whole.append(args[0]))
+        layer.block.attn.to_q.register_forward_pre_hook(lambda _, args: rows.append(args[0]))
+        FAMILIES["unet"].run(pipe, steps=3)
+    assert len(plans) == 3
+    for x, short, plan in zip(whole, rows, plans, strict=True):
+        for b in range(2):
+            assert torch.equal(short[b], x[b, plan.owner[b]])
+
+
+def test_the_output_kept_for_importance_is_counted():
+    pipe = FAMILIES["unet"].pipe()
+    with itome.apply(pipe) as patch:
+        FAMILIES["unet"].run(pipe, steps=2)
+        assert patch.report()["cached_bytes"] == 2 * 4 * 16 * 16 * 4
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_when_guidance_ends_destinations_come_from_a_grid(batch):
+    pipe, rows = FAMILIES["unet"].pipe(), []
+
+    def end(pipe, i, t, inputs):
+        if i == 2:
+            pipe._guidance_scale = 0.0
+            inputs["prompt_embeds"] = inputs["prompt_embeds"].chunk(2)[1]
+        return inputs
+    with itome.apply(pipe, itome.Config(importance_from=1)):
+        layer = first_layer(pipe)
+        layer.block.attn.register_forward_pre_hook(lambda _, args: rows.append((len(args[0]), len(layer.match[1]))))
+        out = FAMILIES["unet"].run(pipe, steps=6, batch=batch, callback_on_step_end=end,
+                                   callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    both = 2 * batch
+    assert rows == [(both, 1), (both, both), (both, both)] + [(batch, 1)] * 3
+    assert out.isfinite().all()
+
+
 def test_both_guidance_halves_share_their_destinations():
     pipe = FAMILIES["unet"].pipe()
     with itome.apply(pipe):
@@ -121,6 +221,15 @@ def test_both_guidance_halves_share_their_destinations():
     assert len(dst) == 4 and not torch.equal(dst[0], dst[1])
     for half in (src, dst, forced):
         assert torch.equal(half[:2], half[2:])
+
+
+def test_both_guidance_halves_share_a_matching_by_place():
+    pipe = FAMILIES["pixart"].pipe()
+    with itome.apply(pipe):
+        layer = first_layer(pipe)
+        FAMILIES["pixart"].run(pipe, steps=6, batch=2)
+        source = layer.ready.segments.source
+    assert torch.equal(source[:2], source[2:]) and not torch.equal(source[0], source[1])
 
 
 def test_without_guidance_destinations_stay_on_the_grid():

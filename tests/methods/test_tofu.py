@@ -5,6 +5,7 @@ import pytest
 import torch
 from families import FAMILIES
 
+from accel_kernels import merge
 from methods import tofu, tome
 from methods._core.denoiser import describe
 from methods._core.tokens import match_plan
@@ -29,6 +30,19 @@ def test_worked_by_hand():
     x = torch.tensor([[[1.0, 0], [1, 0], [0, 1], [1, 1]]])                 # t0, t1 and t3 form one group
     rows = tofu.mlerp(plan_of(x, 2, 2, 0.5), x)
     torch.testing.assert_close(rows, torch.tensor([[[0.0, 1], [1.341641, 0.447214]]]))
+
+
+def test_the_mean_is_divided_by_its_own_norm():
+    x = torch.tensor([[[1.0, 0], [1, 1], [-1, 0]]])                        # by the destination's: (1.41421, 0.70711)
+    rows = tofu.mlerp(match_plan(x, torch.tensor([1, 2]), torch.tensor([0]), 1), x)
+    torch.testing.assert_close(rows[0, -1], torch.tensor([1.26491, 0.63246]), atol=1e-5, rtol=0)
+
+
+def test_mlerp_does_not_depend_on_the_order_of_a_group():
+    x, order = torch.randn(2, 48, 8, dtype=torch.float64), torch.randperm(48)
+    plan = plan_of(x, 8, 6, 0.6)
+    shuffled = plan._replace(segments=merge.segments(plan.segments.source[:, order], plan.segments.length))
+    torch.testing.assert_close(tofu.mlerp(shuffled, x[:, order]), tofu.mlerp(plan, x))
 
 
 def test_mlerp_is_the_direction_of_the_mean_with_the_largest_norm():
@@ -82,6 +96,10 @@ def test_separation_depth(separation, pruned):
     with tofu.apply(pipe, tofu.Config(separation=separation)) as patch:
         FAMILIES["dit"].run(pipe, steps=2)
         assert patch.counts == {key: 2 * n for key, n in (("pruned", pruned), ("merged", 3 - pruned)) if n}
+
+
+def test_the_separation_is_not_moved_by_rounding():
+    assert sum(tofu.prunes(i, 25, 0.28) for i in range(25)) == 7           # 0.28 * 25 is 7.000000000000001
 
 
 def test_a_unet_prunes_on_the_way_down():

@@ -3,7 +3,8 @@ import pytest
 import torch
 from families import FAMILIES
 
-from methods import toma
+from methods import fora, toma
+from methods._core.denoiser import describe
 
 
 @pytest.mark.parametrize("check, case", contract.cases(toma, toma.Config(ratio=0.5)), ids=contract.name)
@@ -88,7 +89,7 @@ def test_keeping_every_token_only_reorders_them(name, region):
     """No token is merged away: a permutation goes through the attention, with its rotary positions, and back."""
     family = FAMILIES[name]
     plain, pipe = family.run(family.pipe()), family.pipe()
-    with toma.apply(pipe, toma.Config(ratio=1e-9, region=region, scale=1e7)) as patch:
+    with toma.apply(pipe, toma.Config(ratio=1e-9, region=region, scale=1e7, max_downsample=2)) as patch:
         out = family.run(pipe)
         assert patch.report()["state"] == "engaged"
     torch.testing.assert_close(out, plain, atol=2e-3, rtol=2e-3)
@@ -105,6 +106,77 @@ def test_the_blocks_of_a_kind_share_the_choice_of_the_first(monkeypatch):
         assert patch.report()["merged"] == 3 * (3 + 3)
 
 
+def computed(monkeypatch, pipe, config, steps, others=()):
+    """The steps of a run at which destinations were chosen, and those at which matrices were computed."""
+    now, selected, weighed = [], [], []
+    choose, weigh = toma.destinations, toma.weights
+    monkeypatch.setattr(toma, "destinations", lambda x, k: selected.append(len(now) - 1) or choose(x, k))
+    monkeypatch.setattr(toma, "weights", lambda *args: weighed.append(len(now) - 1) or weigh(*args))
+    pipe.transformer.register_forward_pre_hook(lambda *_: now.append(None))
+    patches = [method.apply(pipe, each) for method, each in ((toma, config), *others)]
+    FAMILIES["dit"].run(pipe, steps=steps)
+    for patch in patches:
+        patch.remove()
+    return selected, weighed
+
+
+def test_choices_and_matrices_are_due_by_the_step_of_the_last(monkeypatch):
+    config = toma.Config(every=3, select_every=10, weigh_every=5)
+    selected, weighed = computed(monkeypatch, FAMILIES["dit"].pipe(layers=2), config, 35)
+    assert selected == [0, 12, 24] and weighed == [0, 6, 12, 18, 24, 30]
+
+
+def test_what_a_cache_skips_stays_due(monkeypatch):
+    cache = fora, fora.Config(interval=3, count_from="start")                          # runs the blocks at 0, 3, 6, ...
+    config = toma.Config(select_every=4, weigh_every=2)
+    selected, weighed = computed(monkeypatch, FAMILIES["dit"].pipe(layers=2), config, 14, [cache])
+    assert selected == [0, 6, 12] and weighed == [0, 3, 6, 9, 12]
+
+
+def test_the_blocks_of_a_kind_are_those_of_a_stage_of_a_unet(monkeypatch):
+    shapes, choose = [], toma.destinations
+    monkeypatch.setattr(toma, "destinations", lambda x, k: shapes.append((*x.shape[1:3], k)) or choose(x, k))
+    pipe = FAMILIES["unet"].pipe()
+    with toma.apply(pipe, toma.Config(ratio=0.25, max_downsample=2)):
+        FAMILIES["unet"].run(pipe, steps=1)
+    assert shapes == [(16, 16, 12), (4, 16, 12), (4, 16, 12), (16, 16, 12)]            # down 0 and 1, up 1 and 0
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart"])
+@pytest.mark.parametrize("ratio, region, kept", [
+    (0.25, "tile", 48), (0.75, "tile", 16), (0.3, "tile", 44), (0.3, "global", 45)])
+def test_how_many_tokens_the_attention_reads(name, ratio, region, kept):
+    pipe, lengths = FAMILIES[name].pipe(), []
+    with toma.apply(pipe, toma.Config(ratio=ratio, region=region)):
+        for block in describe(pipe.transformer).blocks:
+            block.attn.to_q.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+        FAMILIES[name].run(pipe, steps=1)
+    assert lengths == [kept] * 3
+
+
+def test_the_matrix_is_an_attention():
+    x, scale = torch.randn(2, 1, 16, 8), 5.0
+    dst = toma.destinations(x, 6)
+    unit = torch.nn.functional.normalize(x, dim=-1)
+    chosen = unit.gather(2, dst[..., None].expand(-1, -1, -1, 8))
+    transposed = torch.nn.functional.scaled_dot_product_attention(unit, chosen, torch.eye(6).expand(2, 1, 6, 6), scale=scale)
+    torch.testing.assert_close(toma.weights(x, dst, scale), transposed.mT)
+
+
+def test_matrices_stay_in_single_precision_under_autocast():
+    x = torch.randn(1, 2, 16, 8)
+    dst = toma.destinations(x, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = toma.weights(x, dst, 1000.0)
+    assert found.dtype == torch.float32 and torch.equal(found, toma.weights(x, dst, 1000.0))
+
+
+@pytest.mark.parametrize("height, width, region", [(31, 31, "tile"), (31, 31, "stripe"), (7, 5, "tile"), (1, 1, "global")])
+def test_a_region_of_one_token_is_refused(height, width, region):
+    with pytest.raises(ValueError, match=f"one token of a {height} x {width} grid"):
+        toma.regions(1, height, width, region, 4)
+
+
 def test_samples_choose_apart_where_positions_stay_outside_the_attention():
     x = torch.randn(2, 16, 8)
     places = torch.arange(16)[None]
@@ -116,7 +188,8 @@ def test_samples_choose_apart_where_positions_stay_outside_the_attention():
 
 @pytest.mark.parametrize("wrong, named", [({"ratio": 1.0}, "ratio=1.0"), ({"region": "row"}, "region='row'"),
                                           ({"side": 0}, "side=0"), ({"weigh_every": 2, "select_every": 3}, "must divide"),
-                                          ({"skip": -1}, "skip=-1"), ({"scale": 0.0}, "scale=0.0")])
+                                          ({"skip": -1}, "skip=-1"), ({"scale": 0.0}, "scale=0.0"),
+                                          ({"max_downsample": 3}, "max_downsample=3")])
 def test_bad_values_are_named(wrong, named):
     with pytest.raises(ValueError, match=named):
         toma.Config(**wrong)

@@ -89,6 +89,52 @@ def test_semantic_value_is_the_column_mean_of_the_attention_map():
     torch.testing.assert_close(layer.value.value, torch.ones(2, 16))       # one token left: it receives all there is
 
 
+def layers_of(pipe):
+    model = getattr(pipe, "unet", None) or pipe.transformer
+    blocks = [block for block in describe(model).blocks if hasattr(block.attn, "_patch_site")]
+    return [block.attn._patch_site.arounds[0][2].__self__ for block in blocks]
+
+
+def test_the_weight_falls_with_the_distance_from_gamma_among_layers_that_merge():
+    pipe = FAMILIES["unet"].pipe()
+    with turbo.apply(pipe, turbo.Config(alpha=2.0, beta=0.5, gamma=1)):
+        found = layers_of(pipe)
+        assert [layer.block.index for layer in found] == [0, 1, 8, 9, 10]              # of 11 blocks, five at full size
+        assert [float(layer.weight) for layer in found] == [30.0, 60.0, 30.0, 15.0, 7.5]
+
+
+def test_the_fusion_chosen_ranks_the_tokens():
+    pipe = FAMILIES["dit"].pipe()
+    with turbo.apply(pipe, turbo.Config(fusion="ratio")):
+        layer = layers_of(pipe)[1]
+        FAMILIES["dit"].run(pipe, steps=2)
+        x, value = torch.randn(2, 64, 32), layer.value.value
+        score, into = cosine_match(x, layer.src, layer.dst)
+        expected = merge_plan(score / value[:, layer.src], into, layer.src, layer.dst, 32)
+        assert torch.equal(layer.match(x).segments.source, expected.segments.source)
+
+
+def test_samples_that_share_a_plan_share_their_mean_value():
+    pipe = FAMILIES["flux"].pipe()
+    with turbo.apply(pipe):
+        for layer in layers_of(pipe):
+            src, dst = layer.src, layer.dst = halves(40)
+            x, layer.value.value, layer.r = torch.randn(2, 40, 32), torch.rand(2, 40) / 40, 9
+            score, into = cosine_match(torch.cat([x[0], x[1]], -1)[None], src, dst)    # one token of twice the channels
+            score = score - 150 * (layer.value.value[:1, src] + layer.value.value[1:, src]) / 2
+            expected = merge_plan(score, into, src, dst, 9, 2).segments.source
+            assert torch.equal(layer.match(x).segments.source, expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_merging_nothing_changes_nothing(name):
+    """Every attention is computed here, with all of its tokens."""
+    family = FAMILIES[name]
+    plain, pipe = family.run(family.pipe()), family.pipe()
+    with turbo.apply(pipe, turbo.Config(ratio=1e-9, max_downsample=2)):
+        torch.testing.assert_close(family.run(pipe), plain, atol=2e-3, rtol=2e-3)
+
+
 def test_the_first_step_of_each_branch_ranks_by_similarity():
     pipe = FAMILIES["dit"].pipe()
     with turbo.apply(pipe) as patch:
