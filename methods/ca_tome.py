@@ -14,10 +14,10 @@ Map
     checkpoints        sets of steps, counted from 1                             CHECKPOINTS, computes
 
 Departures
-    The pairing is forgotten at the start of every run and when the shape changes. The official package never forgets:
-    its second image starts from the pairs of the first, and another batch size fails.
+    The pairing is forgotten at the start of every run and when the shape changes; there is no switch for less. The official
+    package never forgets: its second image starts from the pairs of the first, and another batch size fails.
     Destinations come from `seed` and the step; where a model calls its two guidance branches apart, each keeps its
-    pairing.
+    pairing. They are random for any batch; the official code takes the corners where the batch is odd.
     Checkpoint 1 changes nothing, as in the official code: the first step always matches. So do checkpoints that the run
     does not reach; the sets are made for 50 steps and not scaled to others.
     How many tokens merge is read back from the device, so blocks compile with a graph break, not with `fullgraph=True`.

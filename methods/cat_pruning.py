@@ -21,8 +21,12 @@ Departures
     Every prompt of a batch has clusters and a selection of its own, from its conditional branch, and both of its guidance
     branches compute the same tokens; the released code looks at the second sample of the batch only. Where a model calls
     its branches apart, each selects for itself.
-    A selection always holds int(keep * N) tokens, filled up with those that have waited longest, as in the released variant
-    for compilation (there it may fill up with tokens it holds already); the plain variant computes fewer.
+    A selection always holds int(keep * N) tokens: the first is filled up with those of largest change, later ones with those
+    that have waited longest, as in the released variant for compilation (there it may fill up with tokens it holds already);
+    the plain variant computes fewer. At least one token is kept, and from each cluster that is asked for change at least one,
+    of which the released formula takes none from fewer than 20.
+    Where the batch changes after the warm-up, as when guidance ends, two full steps follow, and the selection starts anew from
+    the first of them.
     The grid is the model's, not 64 x 64. k-means is our own, with its own draws; the released code calls scikit-learn.
     For the first selection the released code adds up mean, mean and maximum over neighbouring clusters; its graph library
     gives the sum in place of the first of two equal means. `fused_sum=True` repeats that.
@@ -151,7 +155,7 @@ def next_selection(delta: Tensor, labels: Tensor, frequency: Tensor, k: int, clu
     chosen = []
     for i, cluster in enumerate(score.argsort(descending=True, stable=True).tolist()):
         places = (labels == cluster).nonzero()[:, 0]
-        some = min(int(k // 5 * noise_share), len(places))
+        some = max(1, int(k // 5 * noise_share)) if noise_share else 0
         some = min(some * max(1, 3 - i), len(places))
         picked = _ranked(change, places, some)
         if i:
@@ -220,15 +224,16 @@ class _Choice:
     def select(self, context: StepContext, height: int, width: int) -> Tensor | None:
         """The tokens of this call, (B, k) on the device of the latent; None computes all."""
         config, noise = self.config, self.head.fresh.value
-        if context.i == config.warmup - 1 and not context.fresh:
+        if context.i < config.warmup - 1 or context.fresh:
+            return None
+        if self.reference.value is None:
             self.reference.value = noise
-        if context.i < config.warmup or context.fresh or self.reference.value is None:
             return None
         copies = 2 if context.guided else 1
         prompts = len(noise) // copies
         conditional = slice(0, prompts) if self.cond_first or copies == 1 else slice(prompts, None)
         now, start = (x[conditional].float().cpu() for x in (noise, self.reference.value))
-        k = int(config.keep * now.shape[1])
+        k = max(1, int(config.keep * now.shape[1]))
         clusters = min(config.clusters, now.shape[1])
         if self.state.value is None:
             labels = torch.stack([kmeans(features(x, height, width, config.noise_weight), clusters, config.seed) for x in now])

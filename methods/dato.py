@@ -13,11 +13,14 @@ Map
     search             NSGA-II over plans, with an objective passed in         search, rank, crowding, cross, mutate
 
 Departures
-    The released patch prunes 0.4 at every step, its plan of ratios being commented out; that is the default here. It
-    turns the sign of the temporal difference at random: `random_sign=True`; the paper picks the most changed tokens.
-    A plan for another number of steps is read at the same relative place; the released code refuses.
+    The released patch prunes 0.4 at every step, its plan of ratios being commented out; that is the default here. In each
+    block it turns the sign of the temporal difference at random: `random_sign=True`; the paper picks the most changed tokens.
+    A plan is read call by call where its length fits the run, with or without the one more call of PLMS; for another number
+    of steps at the same relative place. The released code refuses others.
     On a step without computation the last output is given again, which is what the cached last block would lead to. At
-    the shallowest depth only what deeper blocks hand up is kept; the released code keeps, and wraps, every layer.
+    the shallowest depth only what deeper blocks hand up is kept; the released code keeps, and wraps, every layer, and by a
+    slip of names computes the middle block there too, which nothing reads.
+    On coarser grids (`max_downsample`) the temporal difference is the mean over the pixels of a token.
     State belongs to the model and the run; the released code has it in globals that outlive both.
     Noise comes from `seed` and the step, one draw a block for the whole batch.
     The search is started from plans as sparse as the released ones. It is not tied to a reward model or a clock, and it
@@ -38,6 +41,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from methods._core.context import StepContext
@@ -63,8 +67,9 @@ class Config:
     gamma: float = 0.1                     # g: weight of the temporal difference
     alpha: float = 0.1                     # weight of the noise
     stride: int = 2                        # side of a patch, which has one base token (sx, sy)
+    max_downsample: int = 1                # prune where the grid is at most this many times coarser than the latent
     align_guidance: bool = True            # both guidance halves take the base tokens of the first (align_cfg)
-    random_sign: bool = False              # turn the sign of the difference at random, as the released code
+    random_sign: bool = False              # turn the sign of the difference at random, block by block, as the released code
     seed: int = 0                          # of the noise
 
     def __post_init__(self):
@@ -74,6 +79,8 @@ class Config:
             raise ValueError(f"ratios={self.ratios} outside [0, 1]")
         if self.stride < 1:
             raise ValueError(f"stride={self.stride} must be at least 1")
+        if self.max_downsample not in (1, 2, 4, 8):
+            raise ValueError(f"max_downsample={self.max_downsample} must be 1, 2, 4 or 8")
 
 
 OFF = Config(plan=(2,), ratios=(0.0,))
@@ -81,7 +88,8 @@ OFF = Config(plan=(2,), ratios=(0.0,))
 
 def stage_of(plan: Sequence[int], i: int, steps: int) -> str:
     """What call `i` of `steps` computes: "full", "shallow" or "reused" (nothing). Call 0 is always full."""
-    return "full" if i == 0 else ("reused", "shallow", "full")[plan[(i - 1) * len(plan) // steps]]
+    place = i - 1 if steps - len(plan) in (0, 1) else (i - 1) * len(plan) // steps
+    return "full" if i == 0 else ("reused", "shallow", "full")[plan[place]]
 
 
 def base_score(change: Tensor | None, noise: Tensor, gamma: float, alpha: float) -> Tensor:
@@ -221,20 +229,23 @@ def _no_channels(out):
 
 
 class _Output:
-    """The model's output: kept, given again on steps without computation, and compared with the one before."""
+    """The model's output: kept, given again on steps without computation, and compared with the one before.
+
+    `change` (B, height, width) is the mean over the channels of how far the last two lie apart.
+    """
 
     def __init__(self, last: Feature, change: Feature):
         self.last, self.change, self.reuse = last, change, False
 
     def around(self, forward, *args, **kwargs):
         if self.reuse:
-            self.change.value = torch.zeros_like(self.last.value[:, 0].flatten(1), dtype=torch.float32)
+            self.change.value = torch.zeros_like(self.last.value[:, 0], dtype=torch.float32)
             return self.kind(self.last.value)
         out = forward(*args, **kwargs)
         new, old = out[0], self.last.value
         self.kind = (lambda x: (x,)) if isinstance(out, tuple) else type(out)
         self.last.value = new
-        self.change.value = None if old is None else (new.float() - old.float()).abs().mean(1).flatten(1)
+        self.change.value = None if old is None else (new.float() - old.float()).abs().mean(1)
         return out
 
 
@@ -250,22 +261,24 @@ class _Layer(Reduction):
 
 
 def apply(target: Any, config: Config = Config()) -> Patch:
-    """Run the UNet by the plan, and prune the self-attention at full resolution wherever it runs.
+    """Run the UNet by the plan, and prune its self-attention at a downsampling of `config.max_downsample` or less.
 
     Args:
         target: a diffusers pipeline over a UNet.
 
     Raises:
-        ValueError: not a UNet, no self-attention at full resolution to prune, a bare model, or already applied.
+        ValueError: not a UNet, no self-attention to prune (SDXL has none at full resolution: use `max_downsample=2`), a bare
+            model, or already applied.
     """
     patch = Patch(target, "dato", depth=CACHE)
     if set(config.plan) == {2} and not any(config.ratios):
         return patch
     denoiser = describe(patch.model)
     deep = deep_modules(tuple(patch.require(denoiser.unet, "UNet stages with skip connections")), 0)
-    layers = [_Layer(block) for block in denoiser.blocks if block.level == 0 and any(config.ratios)]
+    layers = []
     if any(config.ratios):
-        patch.require(layers, "self-attention at full resolution")
+        layers = patch.require((_Layer(block) for block in denoiser.blocks if 2 ** block.level <= config.max_downsample),
+                               f"self-attention at a downsampling of {config.max_downsample} or less")
     patch.require_pipeline()
     output = _Output(patch.feature(), patch.feature())
     patch.around(patch.model, output.around)
@@ -287,15 +300,18 @@ def apply(target: Any, config: Config = Config()) -> Patch:
             return
         random = context.random(config.seed)
         ratio = config.ratios[context.i * len(config.ratios) // context.steps]
-        turned = config.random_sign and bool(torch.rand((), generator=random) < 0.5)
         for layer in layers:
             if stage == "shallow" and id(layer.block.module) in below:
                 continue
             grid = denoiser.grid(context.inputs, layer.block)
             layer.tokens, layer.ratio = grid[1] * grid[2], ratio
             noise = torch.randn(layer.tokens, generator=random).to(context.sample.device)
-            gamma = -config.gamma if turned else config.gamma
-            layer.base = base_tokens(base_score(output.change.value, noise, gamma, config.alpha), grid, config.stride)
+            turned = config.random_sign and bool(torch.rand((), generator=random) < 0.5)
+            change = output.change.value
+            if change is not None:
+                change = F.adaptive_avg_pool2d(change, grid[1:]).flatten(1)
+            score = base_score(change, noise, -config.gamma if turned else config.gamma, config.alpha)
+            layer.base = base_tokens(score, grid, config.stride)
             if context.guided and config.align_guidance and len(layer.base) > 1:
                 layer.base = layer.base[:len(layer.base) // 2].repeat(2, 1)
             patch.counts["pruned"] += bool(ratio)

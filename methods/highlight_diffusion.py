@@ -1,6 +1,6 @@
 """Highlight Diffusion - Highlight Diffusion: Training-Free Attention Guided Acceleration for Text-to-Image Models
 
-Kyuseok Nam, Yulhwa Kim, Jeongwoo Park, OpenReview 2024. OpenReview:Jt1gGIumJo
+Kyuseok Nam, Yulhwa Kim, Jeongwoo Park, Withdrawn from ICLR 2025. OpenReview:Jt1gGIumJo
 
 Idea: the words of a prompt point at regions of the image. A full step computes everything, reads from its cross-attention
 which region the words hold on to, and keeps its noise. The partial steps after it compute that region only; everywhere else
@@ -8,6 +8,7 @@ the kept noise is used again. A list says how many partial steps follow each ful
 
 Map
     full step        noise kept, cross-attention maps read                    _Sampler, _Reader
+    content words    the prompt's tokens but those the tokenizer calls special   _Words
     highlight        maps of the words, joined, scaled, cut, widened          highlight
     partial step     the region's box through the network, noise composed     _Sampler
     schedule         partial steps between full ones, by phase of sampling    full_steps
@@ -15,12 +16,16 @@ Map
 Departures
     A reinterpretation, not a reproduction: the submission was withdrawn, its code is not public, and layers, threshold,
     refinement and list are not known. All of them are ours and stand in Config.
-    Maps of the blocks at `level` are averaged over heads and layers, summed over the words without the first token, which
-    holds what belongs to no word, scaled to [0, 1], cut at `threshold`, and widened by `widen` cells of the latent.
+    Maps of the blocks at `level` are averaged over heads and layers, summed over the words, scaled to [0, 1], cut at
+    `threshold`, and widened by `widen` cells of the latent.
+    Words are known where the pipeline's text encoder reads the prompt, which comes before the negative one; where embeddings
+    are given instead, their places must be given in `words`. A prompt without words makes all steps full.
     One box serves all prompts of a batch, so that they stay one batch; inside it each prompt has its own mask. Both guidance
     branches use the mask of the conditional one. Where a model calls its branches apart, each reads its own.
-    The region runs through the UNet as a crop with a margin. Its statistics and its context are those of the crop.
-    A box that covers more than `largest` of the image, or no highlight at all, makes the step a full one.
+    The region runs through the network as a crop with a margin. Its statistics and its context are those of the crop; the
+    positions of its tokens are those they have in the whole image.
+    A box that covers more than `largest` of the image, or no highlight at all, makes the step a full one: an empty mask could
+    also be taken to mean that nothing is computed and the kept noise is used everywhere.
 
 Example
     >>> from methods import highlight_diffusion
@@ -40,7 +45,7 @@ from torch import Tensor
 
 from methods._core.attention import cross_map
 from methods._core.context import StepContext
-from methods._core.denoiser import Block, Denoiser, describe
+from methods._core.denoiser import Block, describe
 from methods._core.patch import TOKENS, Feature, Patch
 
 __all__ = ["OFF", "Config", "apply", "full_steps", "highlight"]
@@ -49,11 +54,13 @@ __all__ = ["OFF", "Config", "apply", "full_steps", "highlight"]
 @dataclass(frozen=True, kw_only=True)
 class Config:
     partial: tuple[int, ...] = (2,)   # [N]: partial steps behind each full one, one number for each phase (ours)
-    level: int = 1                    # downsampling level of the maps, or the coarsest below it that has any (ours)
+    level: int = 1                    # downsampling level of the maps, or the coarsest below it that has any (ours); 16 x 16
+                                      # is level 1 of a latent of 32 x 32, level 2 of one of 64 x 64
     threshold: float = 0.4            # of the scaled map (ours)
     widen: int = 1                    # cells of the latent by which the mask grows (ours)
     margin: int = 2                   # cells of the latent around the mask that are computed with it (ours)
     largest: float = 0.8              # share of the image above which a step is full (ours)
+    words: tuple[int, ...] = ()       # places of the words among the tokens, the same for all prompts; (): the tokenizer's
 
     def __post_init__(self):
         if not self.partial or min(self.partial) < 0:
@@ -61,6 +68,8 @@ class Config:
         for name in ("level", "widen", "margin"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if min(self.words, default=0) < 0:
+            raise ValueError(f"words={self.words} must not be negative")
         for name in ("threshold", "largest"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} outside [0, 1]")
@@ -78,17 +87,49 @@ def full_steps(steps: int, partial: Sequence[int]) -> list[int]:
     return full
 
 
-def highlight(maps: Tensor, size: tuple[int, int], threshold: float, widen: int) -> Tensor:
+def highlight(maps: Tensor, words: Tensor, size: tuple[int, int], threshold: float, widen: int) -> Tensor:
     """Which cells of the latent the words hold on to.
 
-    maps (B, T, h, w): attention of every place to every token, mean over heads and layers; the first token stands for no
-    word -> bool (B, height, width) for `size`.
+    maps (B, T, h, w): attention of every place to every token, mean over heads and layers; words (B, T): which tokens are
+    words -> bool (B, height, width) for `size`.
     """
-    words = maps[:, 1:].sum(1, keepdim=True).float()
-    low, high = words.amin((1, 2, 3), keepdim=True), words.amax((1, 2, 3), keepdim=True)
-    scaled = F.interpolate((words - low) / (high - low).clamp_min(1e-12), size, mode="bilinear")
+    held = (maps * words[:, :, None, None]).sum(1, keepdim=True).float()
+    low, high = held.amin((1, 2, 3), keepdim=True), held.amax((1, 2, 3), keepdim=True)
+    scaled = F.interpolate((held - low) / (high - low).clamp_min(1e-12), size, mode="bilinear")
     mask = (scaled > threshold) & (high > low)
     return F.max_pool2d(mask.float(), 2 * widen + 1, 1, widen)[:, 0] > 0
+
+
+class _Words:
+    """Which tokens (prompts, T) of the prompts are words: those given in `places`, or those of the texts that the pipeline's
+    text encoder has read since the last run. None where neither is known."""
+
+    def __init__(self, patch: Patch, places: tuple[int, ...]):
+        self.places, self.read, self.mask = places, [], None
+        encoder, tokenizer = (getattr(patch.pipe, name, None) for name in ("text_encoder", "tokenizer"))
+        if not places and encoder is not None and tokenizer is not None:
+            self.special = torch.tensor(tokenizer.all_special_ids)
+            patch.around(encoder, self.around)
+
+    def around(self, forward, input_ids: Tensor, *args, **kwargs):
+        self.read.append(~torch.isin(input_ids, self.special.to(input_ids.device)))
+        return forward(input_ids, *args, **kwargs)
+
+    def begin(self, context: StepContext) -> None:
+        """At the first call of a run: its prompt was the last text read or, with guidance, the one before the last."""
+        last = 1 + context.guided
+        self.mask = self.read[-last] if len(self.read) >= last else None
+        self.read = []
+
+    def of(self, maps: Tensor) -> Tensor | None:
+        """Words (B, T) for maps (B, T, h, w), in which each prompt is repeated for its images; None if any has none."""
+        if self.places:
+            mask = torch.zeros(maps.shape[:2], dtype=torch.bool, device=maps.device)
+            mask[:, list(self.places)] = True
+            return mask
+        if self.mask is None or len(maps) % len(self.mask) or not self.mask.any(1).all():
+            return None
+        return self.mask.to(maps.device).repeat_interleave(len(maps) // len(self.mask), 0)
 
 
 class _Reader:
@@ -105,10 +146,13 @@ class _Reader:
 
 
 class _Sampler:
-    """Around the model. The host sets `box`, rows and columns of the latent to compute (None: all of it), and `mask`."""
+    """Around the model. The host sets `box`, rows and columns of the latent to compute (None: all of it), and `mask`.
 
-    def __init__(self, patch: Patch, noise: Feature):
-        self.run, self.noise = patch.run, noise
+    `step` is the side of a patch of a transformer, in cells of the latent.
+    """
+
+    def __init__(self, patch: Patch, noise: Feature, step: int):
+        self.run, self.noise, self.step = patch.run, noise, step
         self.box: tuple[slice, slice] | None = None
         self.mask: Tensor | None = None
 
@@ -119,7 +163,9 @@ class _Sampler:
             return result
         inputs = self.run.inputs(args, kwargs)
         name = "sample" if "sample" in inputs else "hidden_states"
-        result = forward(**inputs | {name: inputs[name][..., self.box[0], self.box[1]]})
+        self.whole = inputs[name]
+        result = forward(**inputs | {name: self.whole[..., self.box[0], self.box[1]]})
+        self.whole = None
         out = self.noise.value.clone()
         kept = out[..., self.box[0], self.box[1]]
         out[..., self.box[0], self.box[1]] = torch.where(self.mask[:, None], result[0], kept)
@@ -127,6 +173,14 @@ class _Sampler:
             return out, *result[1:]
         result.sample = out
         return result
+
+    def embed(self, forward, latent: Tensor) -> Tensor:
+        """Around the patch embedding of a transformer, which would stretch its positions over the box."""
+        if self.box is None:
+            return forward(latent)
+        grid = [side // self.step for side in self.whole.shape[-2:]]
+        rows, columns = (slice(edge.start // self.step, edge.stop // self.step) for edge in self.box)
+        return forward(self.whole).unflatten(1, grid)[:, rows, columns].flatten(1, 2)
 
 
 def apply(target: Any, config: Config = Config()) -> Patch:
@@ -147,12 +201,16 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     blocks = patch.require(able, "cross-attention between one image and its text")
     level = max((b.level for b in blocks if b.level <= config.level), default=min(b.level for b in blocks))
     readers = [_Reader(block, patch.feature()) for block in blocks if block.level == level]
-    sampler = _Sampler(patch, patch.feature())
+    step = denoiser.model.config.patch_size if not denoiser.unet else 2 ** max(
+        stage.number for stage in denoiser.unet if stage.side == "down")
+    sampler, words = _Sampler(patch, patch.feature(), step), _Words(patch, config.words)
     masks = patch.feature()
-    patch.around(patch.model, sampler.around, opaque=True)
+    patch.around(patch.model, sampler.around, closed=True)
+    if not denoiser.unet:
+        patch.around(patch.model.pos_embed, sampler.embed)
     own = {id(reader.block.cross) for reader in readers}
     for reader in readers:
-        patch.around(reader.block.cross, reader.around, opaque=True)
+        patch.around(reader.block.cross, reader.around, closed=True)
     patch.guard(module for module in denoiser.parts if id(module) not in own)            # they run at two sizes
 
     def read(context: StepContext) -> None:
@@ -163,29 +221,31 @@ def apply(target: Any, config: Config = Config()) -> Patch:
             reader.map.value = None
         size = tuple(context.sample.shape[-2:])
         if context.guided:
-            half = len(maps) // 2
-            maps = (maps[:half] if denoiser.cond_first else maps[half:]).repeat(2, 1, 1, 1)
-        masks.value = highlight(maps, size, config.threshold, config.widen)
+            maps = maps.chunk(2)[0 if denoiser.cond_first else 1]
+        which = words.of(maps)
+        if which is not None:
+            mask = highlight(maps, which, size, config.threshold, config.widen)
+            masks.value = mask.repeat(1 + context.guided, 1, 1)
 
     def decide(context: StepContext) -> None:
+        if context.i == context.branch == 0:
+            words.begin(context)
         due = context.fresh or sampler.noise.value is None or context.i in full_steps(context.steps, config.partial)
         if not due and readers[0].map.value is not None:
             read(context)
-        sampler.box = None if due or masks.value is None else _box(masks.value, denoiser, config)
+        sampler.box = None if due or masks.value is None else _box(masks.value, step, config)
         if sampler.box is not None:
             sampler.mask = masks.value[:, sampler.box[0], sampler.box[1]]
+            patch.counts["partial"] += 1                     # full ones are not counted: a run of them alone is an idle one
         for reader in readers:
             reader.on = sampler.box is None
-        patch.counts["full" if sampler.box is None else "partial"] += 1
 
     patch.each_call(decide)
     return patch
 
 
-def _box(mask: Tensor, denoiser: Denoiser, config: Config) -> tuple[slice, slice] | None:
-    """The box around all masks with its margin, on multiples of what the model can take; None if empty or too large."""
-    step = denoiser.model.config.patch_size if not denoiser.unet else 2 ** max(
-        stage.number for stage in denoiser.unet if stage.side == "down")
+def _box(mask: Tensor, step: int, config: Config) -> tuple[slice, slice] | None:
+    """The box around all masks with its margin, on multiples of `step`; None if empty or too large."""
     edges = []
     for line in (mask.any(0).any(1), mask.any(0).any(0)):
         found = line.nonzero()[:, 0].tolist()

@@ -8,7 +8,7 @@ little noise on the score keeps the same tokens from being left out in every ste
 
 Map
     SimScore         sum of the cosines to all tokens, in O(N C)           accel_kernels.similarity_sum
-    Noise SimScore   beta * SimScore + alpha * noise                       apply
+    Noise SimScore   beta * SimScore + alpha * noise                       _Pruning
     base tokens      the argmax of each patch                              base_tokens
     pruned tokens    the non-base tokens most similar to a base token      prune_plan
     recovery         copy the output of the most similar kept token        prune_plan
@@ -21,7 +21,8 @@ Departures
     The released code copies from the most similar kept token, the default here; as the paper tells it, from the most
     similar base token: `recover_from="base"`.
     True height and width are used; the official patch search assumes a square grid. As released the official file does
-    not run at all (a missing import and a call of an undefined function).
+    not run: `F` is not imported, and without CUDA already its import fails, which makes a tensor there. On MPS it would
+    also call an undefined function.
     SD3, Flux and CogVideoX prune the image tokens of the joint attention; where positions enter inside the attention,
     one plan serves the whole batch.
 
@@ -86,6 +87,8 @@ def base_tokens(score: Tensor, grid: tuple[int, int, int], stride: int) -> Tenso
     """
     (frames, height, width), B = grid, len(score)
     rows, cols = height // stride, width // stride
+    if not rows * cols:
+        raise ValueError(f"stride={stride} is more than the grid of {height} x {width} tokens")
     cut = score.view(B, frames, height, width)[:, :, :rows * stride, :cols * stride]
     patches = cut.unflatten(3, (cols, stride)).unflatten(2, (rows, stride)).transpose(3, 4)        # B, F, rows, cols, s, s
     pick = patches.flatten(4).max(-1).indices

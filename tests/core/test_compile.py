@@ -12,6 +12,7 @@ from methods import (
     dato,
     deepcache,
     fora,
+    highlight_diffusion,
     itome,
     ocd,
     pfdiff,
@@ -102,4 +103,17 @@ def test_other_families_compile_whole(name, method):
     compile_blocks(getattr(pipe, "unet", None) or pipe.transformer)
     with method.apply(pipe):
         torch.testing.assert_close(family.run(pipe), expected, atol=1e-3, rtol=1e-2)
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("name", ["unet", "pixart"])
+def test_blocks_that_run_at_several_sizes_compile_whole(name):
+    family, config = FAMILIES[name], highlight_diffusion.Config(threshold=0.9, widen=0, margin=0, words=(1, 2, 3, 4))
+    eager, pipe = family.pipe(), family.pipe()
+    with highlight_diffusion.apply(eager, config):
+        expected = family.run(eager, steps=STEPS)
+    compile_blocks(getattr(pipe, "unet", None) or pipe.transformer)
+    with highlight_diffusion.apply(pipe, config) as patch:
+        torch.testing.assert_close(family.run(pipe, steps=STEPS), expected, atol=1e-3, rtol=1e-2)
+        assert patch.report()["partial"] > 0
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]

@@ -5,6 +5,7 @@ from families import FAMILIES
 
 from methods import ca_tome, tome
 from methods._core.denoiser import describe
+from methods._core.tokens import match_plan
 
 
 @pytest.mark.parametrize("check, case", contract.cases(ca_tome, ca_tome.Config(threshold=0.0, checkpoints=(3,))),
@@ -75,6 +76,23 @@ def test_matching_in_every_step_is_tome_with_that_reduction():
         with method.apply(pipe, config):
             results.append(family.run(pipe))
     assert torch.equal(*results)
+
+
+def test_matching_in_every_step_is_tome_cut_at_the_threshold(monkeypatch):
+    """The most sources above T in any sample, by the whole cosine matrix, in place of ToMe's ratio."""
+    family, results, cuts = FAMILIES["unet"], [], []
+
+    def planned(self, x):
+        unit = x / x.norm(dim=-1, keepdim=True)
+        score = (unit[:, self.src] @ unit[:, self.dst].mT).amax(-1)
+        cuts.append(int((score >= 0.5).sum(1).max()))
+        return match_plan(x, self.src, self.dst, cuts[-1])
+    monkeypatch.setattr(tome.Matching, "__call__", planned)
+    for method, config in ((ca_tome, ca_tome.Config(threshold=0.5, checkpoints=(1, 2, 3, 4))), (tome, tome.Config())):
+        pipe = family.pipe()
+        with method.apply(pipe, config):
+            results.append(family.run(pipe))
+    assert torch.equal(*results) and len(set(cuts)) > 1
 
 
 def test_only_pairs_above_the_threshold_merge_where_the_sample_decides():

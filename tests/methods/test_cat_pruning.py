@@ -3,6 +3,7 @@ import pytest
 import torch
 from families import FAMILIES
 
+from accel_tools.macs import count_macs
 from methods import cat_pruning
 
 
@@ -122,6 +123,25 @@ def test_next_selection_takes_the_longest_waiting_and_the_most_changed():
     assert set(top.tolist()) <= set(chosen.tolist())
 
 
+def test_the_released_numbers_of_a_grid_of_64_x_64(monkeypatch):
+    """30 % of 4096 tokens: 122 from each cluster; later 183, 122 and 61 by change of noise, 307 in all, and 921 by waiting."""
+    asked, real, k = [], cat_pruning._ranked, int(0.3 * 4096)
+    monkeypatch.setattr(cat_pruning, "_ranked", lambda values, places, k: asked.append(k) or real(values, places, k))
+    even = torch.arange(20).repeat_interleave(205)[:4096]
+    place = torch.arange(4096.0)[:, None]                                     # cluster 19 changes most, then 18, then 17
+    chosen = cat_pruning.first_selection(place, even, 64, 64, k, 20)
+    assert k == 1228 and asked[:20] == [122] * 20 and even[chosen].bincount()[-10:].tolist() == [122] * 10
+    asked.clear()
+    frequency = (place[:, 0] >= 921).float()
+    chosen = cat_pruning.next_selection(place, even, frequency, k, 20, 0.25)
+    assert asked == [183, 122, 122 // 2, 921, 0] and len(chosen) == k          # nothing is left to fill up
+    assert (chosen < 921).sum() == 921 and even[chosen[921:]].bincount()[-2:].tolist() == [307 - 183, 183]
+    asked.clear()
+    small = torch.where(place[:, 0] < 3996, 17 * place[:, 0] // 3900, 18).long()      # 100 and 96 change most
+    cat_pruning.next_selection(place, small, frequency, k, 20, 0.25)
+    assert asked[:5] == [100, 96, 96 // 2, 61, 61 // 2]
+
+
 def test_every_token_is_renewed_within_five_pruned_steps():
     """Three quarters of 0.3 N go to those that waited longest: ceil(1 / 0.225) = 5."""
     torch.manual_seed(0)
@@ -149,6 +169,53 @@ def test_features_carry_row_and_column():
     noise = torch.ones(6, 4)
     x = cat_pruning.features(noise, 2, 3, 0.05)
     torch.testing.assert_close(x[5], torch.tensor([0.55, 0.55, 0.05 + 2 / 3, 0.05 + 2 / 3]))
+
+
+@pytest.mark.parametrize("name", ["sd3", "pixart", "dit"])
+def test_selecting_every_token_is_the_plain_model(name, monkeypatch):
+    monkeypatch.setattr(cat_pruning, "first_selection", lambda delta, *_: torch.arange(len(delta)))
+    monkeypatch.setattr(cat_pruning, "next_selection", lambda delta, *_: torch.arange(len(delta)))
+    family, pipe = FAMILIES[name], FAMILIES[name].pipe()
+    with cat_pruning.apply(pipe, cat_pruning.Config(warmup=2, keep=0.5)) as patch:
+        torch.testing.assert_close(family.run(pipe, steps=5), family.run(family.pipe(), steps=5), atol=1e-4, rtol=1e-4)
+        assert patch.report()["pruned"] == 3
+
+
+def test_what_a_pruned_step_costs():
+    """Of three DiT blocks, linear layers scale with the selected tokens, and attention with their queries."""
+    family, costs, (tokens, k, width) = FAMILIES["dit"], [], (64, 19, 32)
+    for warmup in (2, 3):
+        pipe = family.pipe()
+        with cat_pruning.apply(pipe, cat_pruning.Config(warmup=warmup)):
+            costs.append(count_macs(lambda pipe=pipe: family.run(pipe, steps=3)))
+    linear = (4 + 8) * width ** 2                                              # queries, keys, values, output; feed-forward
+    assert costs[1] - costs[0] == 2 * 3 * (tokens - k) * (linear + 2 * tokens * width)
+
+
+def test_after_a_change_of_batch_the_selection_starts_anew():
+    model, generator = FAMILIES["sd3"].pipe().transformer, torch.Generator().manual_seed(0)
+    text, pooled = (torch.randn(shape, generator=generator) for shape in ((2, 5, 16), (2, 16)))
+    with cat_pruning.apply(model, cat_pruning.Config(warmup=2)) as patch:
+        pruned = []
+        for i, batch in enumerate((2, 2, 2, 1, 1, 1, 1)):                      # guidance ends
+            x = torch.randn(1, 4, 16, 16, generator=generator).repeat(batch, 1, 1, 1)
+            model(x, text[-batch:], pooled[-batch:], torch.tensor([900.0 - i]).expand(batch))
+            pruned.append(patch.report().get("pruned", 0))
+    assert pruned == [0, 0, 1, 1, 1, 2, 3]
+
+
+def test_a_small_share_keeps_a_token_and_a_share_of_noise():
+    pipe, outs = FAMILIES["sd3"].pipe(), []
+    pipe.transformer.register_forward_hook(lambda _, args, out: outs.append(out[0]))
+    with cat_pruning.apply(pipe, cat_pruning.Config(warmup=2, keep=0.001)):
+        FAMILIES["sd3"].run(pipe, steps=3)
+    assert (outs[2] != outs[1]).any(1).sum() == 2 * 4                          # one patch of four cells in both branches
+    torch.manual_seed(0)
+    delta, labels, frequency = torch.randn(64, 4), torch.arange(64) // 16, torch.ones(64)
+    delta[16:32] *= 10
+    frequency[50:] = 0.0                                                       # 14 of 19 go to those that wait
+    best = 16 + delta[16:32].norm(dim=1).argsort(descending=True)[:3]
+    assert set(best.tolist()) <= set(cat_pruning.next_selection(delta, labels, frequency, 19, 4, 0.25).tolist())
 
 
 @pytest.mark.parametrize("setting", [dict(warmup=99), dict(keep=0.999, warmup=2)])

@@ -2,6 +2,7 @@ import contract
 import numpy as np
 import pytest
 import torch
+from diffusers import PNDMScheduler
 from families import FAMILIES
 
 from methods import dato, sito
@@ -34,6 +35,20 @@ def test_shipped_plan_and_other_numbers_of_steps():
     stages = [dato.stage_of((0, 1, 2, 1), i, 4) for i in range(4)]
     assert stages == ["full", "reused", "shallow", "full"]
     assert [dato.stage_of((0, 2), i, 8) for i in range(1, 8)] == ["reused"] * 4 + ["full"] * 3
+    for steps in (50, 51):                                                      # DDIM, and PLMS with its one more call
+        stages = [dato.stage_of(dato.PLAN, i, steps) for i in range(1, steps)]
+        assert stages == [("reused", "shallow", "full")[stage] for stage in dato.PLAN[:steps - 1]]
+
+
+def test_the_sampler_of_the_paper_reads_the_plan_call_by_call():
+    pipe, ran = FAMILIES["unet"].pipe(), []
+    pipe.scheduler = PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
+    pipe.unet.mid_block.resnets[0].register_forward_hook(lambda *_: ran.append(len(calls)))
+    calls, plan = [], (1, 2, 0, 1, 2, 2, 1)
+    pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+    with dato.apply(pipe, dato.Config(plan=plan, ratios=(0.0,))):
+        FAMILIES["unet"].run(pipe, steps=7)
+    assert len(calls) == 8 and ran == [0, *(n for n, stage in enumerate(plan, start=1) if stage == 2)]
 
 
 def test_only_the_shallowest_depth_runs_on_a_shallow_step():
@@ -123,6 +138,35 @@ def test_ratios_follow_the_steps_and_pruning_is_sitos(monkeypatch):
     assert len(ratios) == report["pruned"] == 5 + 1
 
 
+def scores(monkeypatch, config, steps=3):
+    """What each layer is scored by in each step that runs: (change, gamma), and the grid of its base tokens."""
+    seen, real, base = [], dato.base_score, dato.base_tokens
+    monkeypatch.setattr(dato, "base_score", lambda change, *rest: seen.append([change, rest[1]]) or real(change, *rest))
+    monkeypatch.setattr(dato, "base_tokens", lambda score, grid, _: seen[-1].append(grid) or base(score, grid, _))
+    run(config, steps=steps)
+    return seen
+
+
+def test_after_a_step_without_computation_only_noise_decides(monkeypatch):
+    seen = scores(monkeypatch, dato.Config(plan=(2, 2, 0, 2, 2)), 5)[::5]      # five blocks in each of four calls
+    first, second, before, after = (change for change, *_ in seen)
+    assert first is second is None and before.any() and not after.any()
+
+
+def test_the_sign_is_turned_block_by_block_only_if_asked_for(monkeypatch):
+    assert {gamma for _, gamma, _ in scores(monkeypatch, dato.Config(plan=(2,)))} == {0.1}
+    signs = [gamma for _, gamma, _ in scores(monkeypatch, dato.Config(plan=(2,), random_sign=True))]
+    assert all(set(signs[start:start + 5]) == {-0.1, 0.1} for start in (5, 10))         # five blocks in each call
+
+
+def test_coarser_grids_are_scored_by_the_mean_of_their_pixels(monkeypatch):
+    seen = scores(monkeypatch, dato.Config(plan=(2,), max_downsample=2, align_guidance=False), 3)
+    call = {grid: change for change, _, grid in seen[-len(seen) // 3:]}
+    assert set(call) == {(1, 16, 16), (1, 8, 8)}
+    fine, coarse = call[1, 16, 16].view(2, 8, 2, 8, 2), call[1, 8, 8].view(2, 8, 8)
+    torch.testing.assert_close(coarse, fine.mean((2, 4)))
+
+
 # ---- search -----------------------------------------------------------------------------------------------------------
 
 def test_fronts_and_crowding():
@@ -183,7 +227,8 @@ def test_a_plan_that_is_not_allowed_is_not_kept():
 
 
 @pytest.mark.parametrize("wrong, named", [({"plan": (0, 12)}, "plan="), ({"plan": ()}, "plan="),
-                                          ({"ratios": (1.5,)}, "ratios="), ({"stride": 0}, "stride=0")])
+                                          ({"ratios": (1.5,)}, "ratios="), ({"stride": 0}, "stride=0"),
+                                          ({"max_downsample": 3}, "max_downsample=3")])
 def test_bad_values_are_named(wrong, named):
     with pytest.raises(ValueError, match=named):
         dato.Config(**wrong)

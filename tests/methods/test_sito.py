@@ -49,6 +49,12 @@ def test_one_base_token_a_full_patch_the_best_one():
     assert base.tolist() == expected
 
 
+def test_a_stride_larger_than_the_grid_is_named():
+    pipe = FAMILIES["dit"].pipe()
+    with sito.apply(pipe, sito.Config(stride=9)), pytest.raises(ValueError, match="stride=9 is more than the grid of 8 x 8"):
+        FAMILIES["dit"].run(pipe, steps=1)
+
+
 @pytest.mark.parametrize("recover_from", ["kept", "base"])
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.9])
 def test_pruning_and_recovery(ratio, recover_from):
