@@ -17,7 +17,10 @@ Map
 Departures
     Destinations are drawn as in `tome`, from `seed` and the step; the released generator runs on.
     A ratio of 0 merges nothing and still uses agents; the released code then splits the batch by mistake.
-    One patch switches at step `agent_steps`; the released recipe patches the model anew inside the sampler's loop.
+    The 20 of 50 steps with agents are a share of the run, and one patch switches after them; the released recipe patches the
+    model anew inside the sampler's loop.
+    A batch of odd size has random destinations too; the released code then takes the corners. Its option to form the first
+    logits in single precision, for SD 2.1, is left to the fused attention, which accumulates so.
     The two products are fused attentions with scales of their own, so the N x n maps are never held.
     Self-attention over image tokens alone. Where text shares the sequence the method does not say what an agent is.
     In the trained module the grid need not be square and the class token is optional; dropout is left out.
@@ -42,7 +45,7 @@ from torch import Tensor, nn
 
 from accel_kernels.agent_attention import agent_attention
 from accel_kernels.cosine_match import cosine_match
-from methods._core.attention import heads, project_out
+from methods._core.attention import heads, project_out, qkv
 from methods._core.context import StepContext
 from methods._core.denoiser import Block, describe
 from methods._core.patch import TOKENS, Patch
@@ -57,7 +60,7 @@ __all__ = ["OFF", "AgentAttention", "Config", "apply"]
 class Config:
     ratio: float = 0.4            # r / N of the tokens, in all steps; capped at 1 - 1 / stride^2
     agent_ratio: float = 0.95     # share merged away to make the agents, under the same cap
-    agent_steps: int = 20         # steps with agents, from the first (20 of 50 in the official recipe)
+    agent_share: float = 0.4      # share of the steps that have agents, from the first (20 of 50 in the official recipe)
     stride: int = 4               # side of a destination cell in these steps
     late_stride: int = 2          # side of a destination cell in the steps after
     sharpen: float = 0.3          # k_scale2: the second softmax is scaled by (1 / sqrt(d))^sharpen
@@ -67,17 +70,15 @@ class Config:
     seed: int = 0                 # of the random destinations
 
     def __post_init__(self):
-        for name in ("ratio", "agent_ratio"):
+        for name in ("ratio", "agent_ratio", "agent_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} outside [0, 1]")
         for name in ("stride", "late_stride", "max_downsample"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.agent_steps < 0:
-            raise ValueError(f"agent_steps={self.agent_steps} must not be negative")
 
 
-OFF = Config(ratio=0.0, agent_steps=0)
+OFF = Config(ratio=0.0, agent_share=0.0)
 
 
 class _Agents(Reduction):
@@ -99,17 +100,15 @@ class _Agents(Reduction):
         if not self.engaged:
             return plan.restore(forward(plan.reduce(x), *args, **kwargs))
         agents = merge_plan(score, into, self.src, self.dst, self.agent_r)
-        return plan.restore(self.attend(plan.reduce(x), agents.reduce(x)))
+        return plan.restore(self.attend(agents.reduce(x), plan.reduce(x), *args, **kwargs))
 
-    def attend(self, z: Tensor, a: Tensor) -> Tensor:
+    def attend(self, a: Tensor, z: Tensor, *args, **kwargs) -> Tensor:
         """Self-attention of tokens z (B, N, C) through agents a (B, n, C); agents are projected as queries."""
         attn = self.block.attn
-        norm_q, norm_k = (norm or nn.Identity() for norm in (attn.norm_q, attn.norm_k))
-        q, k, v, a = (heads(project(t), attn) for project, t in
-                      ((attn.to_q, z), (attn.to_k, z), (attn.to_v, z), (attn.to_q, a)))
+        q, k, v = qkv(attn, z, *args, **kwargs)
+        a = (attn.norm_q or nn.Identity())(heads(attn.to_q(a), attn))
         scale = q.shape[-1] ** -0.5
-        out = agent_attention(norm_q(q), norm_k(k), v, norm_q(a), scale=scale, sharp=scale ** self.config.sharpen,
-                              shortcut=self.config.shortcut)
+        out = agent_attention(q, k, v, a, scale=scale, sharp=scale ** self.config.sharpen, shortcut=self.config.shortcut)
         return project_out(attn, out.transpose(1, 2).flatten(2))
 
 
@@ -117,24 +116,26 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     """Attend through agents in the first steps and merge tokens in all, in every self-attention over image tokens.
 
     Args:
-        target: a diffusers pipeline, or its UNet or transformer.
+        target: a diffusers pipeline.
 
     Raises:
-        ValueError: no self-attention over image tokens alone at that downsampling, or already applied.
+        ValueError: a bare model (the share needs the number of steps), no self-attention over image tokens alone at that
+            downsampling, or already applied.
     """
     patch = Patch(target, "agent_attention", depth=TOKENS)
-    if config.ratio == 0 and config.agent_steps == 0:
+    if config.ratio == 0 and config.agent_share == 0:
         return patch
     denoiser = describe(patch.model)
     blocks = patch.require((b for b in denoiser.blocks if 2 ** b.level <= config.max_downsample and not b.temporal
                             and b.stream == "image"),
                            f"self-attention over image tokens alone at a downsampling of {config.max_downsample} or less")
+    patch.require_pipeline()
     merges = [_Agents(block, config) for block in blocks]
     for merge in merges:
         merge.wire(patch)
 
     def draw(context: StepContext) -> None:
-        early = context.i < config.agent_steps
+        early = context.i < round(config.agent_share * context.steps, 9)
         stride = config.stride if early else config.late_stride
         random = context.random(config.seed) if config.random else None
         for merge in (merge for merge in merges if patch.reaches(merge.block.attn)):
@@ -166,6 +167,8 @@ class AgentAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], *, agents: int = 49, class_token: bool = False,
                  qkv_bias: bool = True):
         super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide dim={dim}")
         side = round(agents ** 0.5)
         if side * side != agents:
             raise ValueError(f"agents={agents} must be a square number")

@@ -24,8 +24,8 @@ Departures
     The reduction of the block's input, which no released configuration uses, is left out.
     Destinations come from `seed`, the block and the window, afresh in every run.
     Reduced sequences keep the order of positions, not of distances; attention does not see the difference.
-    Released for CogVideoX, HunyuanVideo and Mochi. Here any self-attention over tokens on a grid; where that is one frame,
-    cells are 2 x 2.
+    Released for CogVideoX, HunyuanVideo and Mochi; of these only CogVideoX is known here, the others and Wan and LTX raise
+    TypeError. Any other self-attention over tokens on a grid is reduced too; where that is one frame, cells are 2 x 2.
 
 Example
     >>> import methods
@@ -121,7 +121,7 @@ class _Matched:
 
     def __init__(self, feature: Feature):
         self.feature = feature
-        self.src = self.dst = None
+        self.src = self.dst = self.place = None         # a partition, and the window, grid and device it was drawn for
         self.r = 0
 
     def match(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,12 +198,14 @@ def apply(target: Any, config: Config = Config()) -> Patch:
             for name, matched in (("q", attention.q), ("v", attention.v)):
                 if context.i % config.window == 0:
                     matched.feature.value = None
-                random = torch.Generator().manual_seed(
-                    ((config.seed * 1_000_003 + context.i // config.window) * 1009 + number) * 2 + (name == "v"))
-                dst, src = cells(grid, config.stride, random)
+                place = context.i // config.window, grid, context.sample.device
+                if matched.place != place:
+                    random = torch.Generator().manual_seed(
+                        ((config.seed * 1_000_003 + place[0]) * 1009 + number) * 2 + (name == "v"))
+                    matched.dst, matched.src = (part.to(place[2]) for part in cells(grid, config.stride, random))
+                    matched.place = place
                 share = ratio(getattr(config, name), _tier(config.tiers, name, number, context))
-                matched.r = len(src) - kept(attention.tokens, len(dst), share) if share else 0
-                matched.dst, matched.src = dst.to(context.sample.device), src.to(context.sample.device)
+                matched.r = len(matched.src) - kept(attention.tokens, len(matched.dst), share) if share else 0
                 if matched.r and patch.reaches(attention.block.attn):
                     patch.counts["queries" if name == "q" else "values"] += 1
 
@@ -218,9 +220,10 @@ def _found(patch: Patch) -> tuple[Denoiser, list[Block]]:
 
 
 def _tier(table: Tiers | None, name: str, block: int, context: StepContext) -> int:
-    """The tier of this step; a run of another length than the measured one is read in proportion. 9 where none was measured."""
+    """The tier of this step; a run of another length than the measured one is read in proportion. 9 without any tiers, 0 for
+    a feature that they leave out."""
     if table is None or name not in table:
-        return 9
+        return 9 if table is None else 0
     row = table[name][block]
     return row[context.i * len(row) // context.steps]
 

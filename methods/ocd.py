@@ -18,11 +18,17 @@ Departures
     A reconstruction: no code was released, and eta, gamma, phi, the merge ratio and the cell size are not published. Those
     in Config are ours, and so is the multiplicative form of the weighting.
     The mask, made by a detector in the paper, is given: a box in relative coordinates, or a mask of the latent.
-    A background step of phi grid steps holds its noise (or velocity) for phi steps. For first-order solvers with noise or
-    velocity predictions (DDIM, flow-matching Euler) that is the same as one step of that length, with no second latent.
+    A background step of phi grid steps holds the model's output for phi steps, with no second latent. For first-order
+    solvers that is the same as one step of that length where the output is a noise, a clean image or the velocity of a flow
+    (DDIM, flow-matching Euler). A velocity under DDIM (v_prediction) turns with the latent, so there it is only near that;
+    multistep solvers take each held output for a new one, and ancestral ones add noise in between.
     Cosines are moved to [0, 1] before they are weighted, else a negative one would gain by it.
-    The normalisation after recombination is left out: what it matches is not known.
+    The normalisation after recombination is left out: what it matches is not known. So is the floor on the tokens of
+    coarse stages below which nothing is merged: its value is not known.
     Keys are averaged after norm and rotation. Destinations are drawn once for a video, anew for each frame.
+    The inflated and 3D UNets of the paper's editors are not known here (TypeError). A UNet over images has one grid, on
+    which a mask of several frames becomes their union.
+    The crop's tokens keep the positions of the frame. Residuals of ControlNet and adapters are cropped with the latent.
     Pairing stored in an inversion and used again in the edit is left to the editor: the draw is the same for both.
 
 Example
@@ -55,7 +61,7 @@ from methods.tome import partition, reduction
 __all__ = ["OFF", "Config", "apply", "foreground", "weighted"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)             # two masks have no single truth value
 class Config:
     box: tuple[float, float, float, float] = (0.25, 0.25, 0.75, 0.75)   # the object: top, left, bottom, right of the frame
     mask: Tensor | None = None  # (frames, height, width), above 0.5 where the object is; in place of the box
@@ -81,6 +87,8 @@ class Config:
 
 
 OFF = Config(phi=1, ratio=0.0)
+RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals",
+             "block_controlnet_hidden_states", "controlnet_block_samples", "controlnet_single_block_samples")
 
 
 def foreground(config: Config, frames: int, height: int, width: int) -> Tensor:
@@ -145,11 +153,12 @@ class _Sampler:
         if self.crop is None:
             return forward(*args, **kwargs)
         inputs = self.run.inputs(args, kwargs)
+        cut = self.cut(inputs)                                    # before the frame: a UNet empties its list of residuals
         if self.frame:
             self.feature.value = forward(**inputs)[0]
         for merge in self.merges:
             merge.part = "crop"
-        result = forward(**self.cut(inputs))
+        result = forward(**cut)
         for merge in self.merges:
             merge.part = "frame"
         out, part = self.planes(self.feature.value, self.grid), self.planes(result[0], self.inside.shape[-2:])
@@ -161,19 +170,40 @@ class _Sampler:
         result.sample = out
         return result
 
+    def embed(self, forward, *inputs: Tensor) -> Tensor:
+        """Around the patch embedding, called with x or with text and x: the crop's tokens get their positions in the frame."""
+        *text, x = inputs
+        if self.crop is None or x.shape[-2:] == self.grid:
+            return forward(*inputs)
+        rows, columns = self.crop
+        whole = F.pad(x, (columns.start, self.grid[1] - columns.stop, rows.start, self.grid[0] - rows.stop))
+        out, words = forward(*text, whole), sum(each.shape[1] for each in text)
+        return torch.cat([out[:, :words], out[:, words:][:, self.tokens]], 1)
+
+    def window(self, x: Tensor) -> Tensor:
+        """The crop of x (..., height, width), which may be coarser than the frame."""
+        edges = zip(self.crop, x.shape[-2:], self.grid, strict=True)
+        rows, columns = (slice(edge.start * n // size, edge.stop * n // size) for edge, n, size in edges)
+        return x[..., rows, columns]
+
     def planes(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """(..., height, width): a latent as it is, a sequence (B, N, C) laid out on its grid."""
         return x if x.ndim > 3 else x.mT.unflatten(2, size)
 
     def cut(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The inputs of the model for the crop: latent, and positions where they are given from outside."""
+        """The inputs of the model for the crop: latent, residuals, and positions where they are given from outside."""
+        def part(x: Tensor) -> Tensor:
+            return self.window(x) if x.ndim > 3 else x[:, self.tokens]
+
         name = "sample" if "sample" in inputs else "hidden_states"
-        x = self.planes(inputs[name], self.grid)[..., self.crop[0], self.crop[1]]
-        cut = {name: x if inputs[name].ndim > 3 else x.flatten(2).mT}
+        cut = {name: part(inputs[name])}
+        for name in RESIDUALS:
+            if (given := inputs.get(name)) is not None:
+                cut[name] = part(given) if torch.is_tensor(given) else [part(each) for each in given]
         if inputs.get("img_ids") is not None:
             cut["img_ids"] = inputs["img_ids"][..., self.tokens, :]
         if inputs.get("image_rotary_emb") is not None:
-            cut["image_rotary_emb"] = tuple(part[self.tokens.to(part.device)] for part in inputs["image_rotary_emb"])
+            cut["image_rotary_emb"] = tuple(each[self.tokens.to(each.device)] for each in inputs["image_rotary_emb"])
         return inputs | cut
 
 
@@ -194,40 +224,44 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     sampler = _Sampler(patch, merges)
     if config.phi > 1:
         patch.require_pipeline()
-        patch.around(patch.model, sampler.around, opaque=True)
+        patch.around(patch.model, sampler.around, closed=True)
         own = {id(merge.block.attn) for merge in merges}
+        name = {"unet": None, "flux": None, "cogvideox": "patch_embed"}.get(denoiser.family, "pos_embed")
+        if name:
+            patch.around(getattr(patch.model, name), sampler.embed)
         patch.guard(module for module in denoiser.parts if id(module) not in own)        # they run at two sizes
     for merge in merges:
-        patch.around(merge.block.attn, merge.around, opaque=True)
+        patch.around(merge.block.attn, merge.around, closed=True)
 
     def decide(context: StepContext) -> None:
-        noisy = config.phi > 1 and context.i < int((1 - config.gamma) * context.steps)
+        noisy = config.phi > 1 and context.i < int(round((1 - config.gamma) * context.steps, 9))
         sampler.crop = None
         if noisy:
             _place(sampler, denoiser, config, context)
-        sampler.frame = context.i % config.phi == 0 or sampler.feature.value is None
+        sampler.frame = sampler.crop is None or context.i % config.phi == 0 or sampler.feature.value is None
         patch.counts["crops"] += sampler.crop is not None
-        patch.counts["frames"] += sampler.crop is None or sampler.frame
+        patch.counts["frames"] += sampler.frame
+        inputs = {"frame": context.inputs} if sampler.frame else {}
+        if sampler.crop is not None:
+            inputs["crop"] = sampler.cut(context.inputs)
         for merge in merges:
             merge.part = "frame"
-            merge.parts = {"frame": _partition(denoiser, merge.block, context.inputs, config, context.sample.device)}
-            if sampler.crop is not None:
-                inputs = sampler.cut(context.inputs)
-                merge.parts["crop"] = _partition(denoiser, merge.block, inputs, config, context.sample.device, whole=True)
-            patch.counts["merged"] += merge.parts["frame"][3] > 0
+            fore = foreground(config, *denoiser.grid(context.inputs, merge.block))
+            grids = {part: denoiser.grid(given, merge.block) for part, given in inputs.items()}
+            merge.parts = {
+                part: _partition(grid, fore if part == "frame" else sampler.window(fore), config, context.sample.device)
+                for part, grid in grids.items() if min(grid[1:]) >= config.stride}               # else no cell fits
+            patch.counts["merged"] += sum(part[3] > 0 for part in merge.parts.values())
 
     patch.each_call(decide)
     return patch
 
 
-def _partition(denoiser: Denoiser, block: Block, inputs: dict, config: Config, device: torch.device,
-               whole: bool = False) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Sources, destinations, which sources are foreground (in a crop, all: `whole`), and how many sources merge."""
-    frames, height, width = denoiser.grid(inputs, block)
-    src, dst = partition((frames, height, width), config.stride, torch.Generator().manual_seed(config.seed),
-                         torch.device("cpu"))
-    fore = torch.ones(frames, height, width, dtype=torch.bool) if whole else foreground(config, frames, height, width)
-    r = reduction(len(src) + len(dst), len(dst), config.ratio) if len(dst) else 0
+def _partition(grid: tuple[int, int, int], fore: Tensor, config: Config,
+               device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Sources, destinations, which sources are foreground (`fore`, on the grid), and how many sources merge."""
+    src, dst = partition(grid, config.stride, torch.Generator().manual_seed(config.seed), torch.device("cpu"))
+    r = reduction(len(src) + len(dst), len(dst), config.ratio)
     return src.to(device), dst.to(device), fore.flatten()[src].to(device), r
 
 
@@ -250,10 +284,8 @@ def _place(sampler: _Sampler, denoiser: Denoiser, config: Config, context: StepC
         edges.append(slice(first // step * step, min(size, math.ceil(last / step) * step)))
     if all(edge == slice(0, size) for edge, size in zip(edges, (height, width), strict=True)):
         return
-    inside = inside[:, edges[0], edges[1]]
-    sampler.inside = (inside[:, None] if denoiser.family == "cogvideox" else inside).to(x.device)
     sampler.crop, sampler.grid = tuple(edges), (height, width)
-    each = [slice(edge.start * n // size, edge.stop * n // size)
-            for edge, n, size in zip(edges, (rows, columns), (height, width), strict=True)]
+    inside = sampler.window(inside)
+    sampler.inside = (inside[:, None] if denoiser.family == "cogvideox" else inside).to(x.device)
     places = torch.arange(frames * rows * columns).view(frames, rows, columns)
-    sampler.tokens = places[:, each[0], each[1]].flatten().to(x.device)
+    sampler.tokens = sampler.window(places).flatten().to(x.device)

@@ -5,7 +5,7 @@ Taihang Hu et al., NeurIPS 2024. arXiv:2411.07132. Code: hutaiHang/ToMe
 Idea: in "a red ball and a blue cube" attributes drift to the wrong object, since every token attends on its own. The
 tokens of each object are summed into one, so that an object and its attributes share one attention map; in the first
 steps that token is tuned to stand for its phrase, and the latent to give every object one compact place. It merges
-words, not image tokens, and costs time: it is no accelerator.
+words, not image tokens, and makes sampling slower: it is no accelerator.
 
 Map
     token merging             noun and modifiers become one row          merge_tokens
@@ -15,14 +15,16 @@ Map
     iterative update          of latent and text, by the entropy         _Binding.refine
 
 Departures
-    The official code is one pipeline for SDXL and one prompt. Here every UNet pipeline works, a batch must be of one
-    prompt, its samples are refined apart, and the maps come from the same place: the middle attention of the deepest up
-    block.
+    The official code is one pipeline for SDXL and one prompt. Here any pipeline over a UNet with cross-attention will do, a
+    batch must be of one prompt, its samples are refined apart, and the maps come from the same place: the middle attention
+    of the deepest up block.
     Phrases are named by token positions; the automatic parsing is left out, and so is the position loss of one demo.
     Anchors need an embedding of their phrase, given as a tensor or as words for the pipeline's text encoder; without
     them, or without a simplified prompt, those two parts are off.
-    The official guidance of the anchor latent has its sign turned round, null + g (null - anchor), and scales that
-    latent in every step; `reversed_anchor=True` repeats the sign.
+    The official guidance of the anchor latent has its sign turned round, null + g (null - anchor); `reversed_anchor=True`
+    repeats that. It also scales the anchor latent anew in every step, in place; that is not repeated.
+    Each anchor is stepped by a copy of the scheduler, with its own history and random draws.
+    A map that is the same everywhere has no least and most to be stretched between; it counts as spread evenly.
     Learning rates and thresholds are those for 32 x 32 maps of SDXL at 1024 pixels; other models want their own.
 
 Example
@@ -34,6 +36,8 @@ Example
 """
 from __future__ import annotations
 
+import copy
+import inspect
 from dataclasses import dataclass
 from functools import partial
 from math import log
@@ -52,7 +56,7 @@ __all__ = ["OFF", "Config", "apply", "entropy_loss", "merge_tokens", "replace_en
 Objects = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)         # two tensors have no single truth value
 class Config:
     objects: Objects = (((2,), (1,)),)             # of each object: positions of its noun, then of its modifiers; start is 0
     anchors: tuple[str | Tensor, ...] = ()         # c_k: phrase of each object, in words or as its embedding (T, C)
@@ -75,6 +79,8 @@ class Config:
             raise ValueError(f"objects={self.objects}: each needs a noun, and positions from 1 on")
         if self.anchors and len(self.anchors) != len(self.objects):
             raise ValueError(f"anchors: {len(self.anchors)} for {len(self.objects)} objects; one for each, or none")
+        if self.simplified is not None and self.length is None:
+            raise ValueError("simplified: the rows to replace stand behind the prompt, whose length must be given")
         for name in ("simplify_at", "token_steps", "token_updates", "attention_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
@@ -105,12 +111,14 @@ def replace_end(text: Tensor, simplified: Tensor, length: int) -> Tensor:
 def entropy_loss(maps: Tensor, nouns: list[int], length: int) -> Tensor:
     """-2 sum_k sum_xy p log(p + 1e-5) over the objects' places p, from cross-attention maps (B, N, T). -> (B,)
 
-    The map of each noun, after a softmax over tokens 1..length at temperature 1/2, stretched to [0, 1], scaled to sum 1.
+    The map of each noun, after a softmax over tokens 1..length at temperature 1/2, stretched to [0, 1], scaled to sum 1;
+    a flat one is even.
     """
     shares = (maps[..., 1:length + 1] / 0.5).softmax(-1)[..., [noun - 1 for noun in nouns]]
     low, high = shares.amin(1, keepdim=True), shares.amax(1, keepdim=True)
-    p = (shares - low) / (high - low)
-    p = p / p.sum(1, keepdim=True)
+    flat = low == high
+    p = (shares - low) / (high - low).masked_fill(flat, 1)
+    p = torch.where(flat, 1 / p.shape[1], p / p.sum(1, keepdim=True).masked_fill(flat, 1))
     return -2 * (p * (p + 1e-5).log()).sum((1, 2))
 
 
@@ -130,18 +138,21 @@ def _watched(stages: tuple[Stage, ...]) -> tuple[nn.Module, ...]:
 
 
 class _Binding:
-    """The text of one run, (B, T, C) in `text`, and the anchor latents of its objects in `anchors`."""
+    """The text of one run, (B, T, C) in `text`, and of its objects the anchor latents and the schedulers that step them."""
 
     def __init__(self, patch: Patch, config: Config):
         self.patch, self.config = patch, config
         self.text, self.anchors = patch.feature(), patch.feature()
+        self.schedulers: list[Any] = []
         self.nouns = [noun[0] for noun, _ in config.objects]
         self.maps: list[Tensor] | None = None             # filled while the entropy is measured
 
     def look(self, attn: nn.Module, forward, x: Tensor, **kwargs) -> Tensor:
         """Around the cross-attention `attn`."""
         if self.maps is not None:
-            self.maps.append(cross_map(attn, x, kwargs["encoder_hidden_states"], kwargs.get("attention_mask")))
+            text = kwargs["encoder_hidden_states"]
+            text = text[0] if isinstance(text, tuple) else text                # behind it the images of an adapter
+            self.maps.append(cross_map(attn, x, text, kwargs.get("attention_mask")))
         return forward(x, **kwargs)
 
     def prepare(self, context: StepContext) -> dict[str, Tensor]:
@@ -175,10 +186,14 @@ class _Binding:
     def predict(self, context: StepContext, x: Tensor, text: Tensor, start: int) -> Tensor:
         """The model's output for latents x and text (B, T', C), with the other inputs of the conditional half."""
         def half(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: half(each) for name, each in value.items()}
+            if isinstance(value, (list, tuple)):
+                return type(value)(half(each) for each in value)
             return value[start:] if torch.is_tensor(value) and value.ndim and len(value) == len(context.sample) else value
 
-        inputs = {name: half(value) for name, value in context.inputs.items()}
-        extra = {name: half(value) for name, value in (inputs.get("added_cond_kwargs") or {}).items()}
+        inputs = half(context.inputs)
+        extra = inputs.get("added_cond_kwargs") or {}
         if "text_embeds" in extra:
             extra["text_embeds"] = torch.zeros_like(extra["text_embeds"])
         inputs |= dict(sample=x, encoder_hidden_states=text, encoder_attention_mask=None, added_cond_kwargs=extra,
@@ -188,12 +203,13 @@ class _Binding:
 
     def tune_tokens(self, context: StepContext, given: Tensor, start: int) -> None:
         """Semantic binding loss: each merged row alone is to do what its whole phrase does on the object's anchor latent."""
-        scheduler, t = self.patch.pipe.scheduler, context.timestep
+        t, random, latents = context.timestep, context.random(0), []
         if self.anchors.value is None:
-            scale = scheduler.scale_model_input(torch.ones_like(context.sample[:1]), t)
+            self.schedulers = [_twin(self.patch.pipe.scheduler) for _ in self.nouns]
+            scale = self.schedulers[0].scale_model_input(torch.ones_like(context.sample[:1]), t)
             self.anchors.value = (context.sample[start:] / scale,) * len(self.nouns)
-        latents = []
-        for noun, anchor, latent in zip(self.nouns, self.config.anchors, self.anchors.value, strict=True):
+        for noun, anchor, latent, scheduler in zip(self.nouns, self.config.anchors, self.anchors.value, self.schedulers,
+                                                   strict=True):
             x, text = scheduler.scale_model_input(latent, t), self.text.value.clone()
             with torch.no_grad():
                 phrase = self.embed(anchor, given).expand(len(x), -1, -1)
@@ -206,7 +222,8 @@ class _Binding:
                     null = self.predict(context, x, given[:start], start)
                     sign = -1 if self.config.reversed_anchor else 1
                     noise = null + sign * self.patch.pipe.guidance_scale * (target - null)
-                latents.append(_aside(scheduler, noise, t, latent))
+                draws = {"generator": random} if "generator" in inspect.signature(scheduler.step).parameters else {}
+                latents.append(scheduler.step(noise, t, latent, return_dict=False, **draws)[0])
         self.anchors.value = tuple(latents)
 
     def tune_token(self, context: StepContext, x: Tensor, row: Tensor, target: Tensor, start: int) -> Tensor:
@@ -242,12 +259,12 @@ class _Binding:
         return x.detach()
 
 
-def _aside(scheduler: Any, noise: Tensor, t: Any, latent: Tensor) -> Tensor:
-    """One step of a first-order scheduler that leaves it as it was."""
-    before = dict(vars(scheduler))
-    after = type(scheduler).step(scheduler, noise, t, latent, return_dict=False)[0]
-    vars(scheduler).update(before)
-    return after
+def _twin(scheduler: Any) -> Any:
+    """A copy of a patched scheduler as it is now, without the patch."""
+    twin = object.__new__(type(scheduler))
+    vars(twin).update(copy.deepcopy({name: value for name, value in vars(scheduler).items()
+                                     if name not in ("set_timesteps", "step")}))
+    return twin
 
 
 def apply(target: Any, config: Config = Config()) -> Patch:

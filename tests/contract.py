@@ -29,8 +29,17 @@ COMPATIBILITY = Path(__file__).parents[1] / "catalog/compatibility.json"
 STEPS = 5
 
 
+ENGAGING = {                # where the default leaves the families' models of random weights, given embeddings, alone
+    "highlight_diffusion": {"threshold": 0.8, "widen": 0, "margin": 0, "words": (4,)}}
+
+
 def slug(method: ModuleType) -> str:
     return method.__name__.removeprefix("methods.")
+
+
+def engaging(method: ModuleType) -> Any:
+    """A configuration that does something on the families: the default, where that does."""
+    return method.Config(**ENGAGING.get(slug(method), {}))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from diffusers import (
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
     FluxPipeline,
@@ -27,6 +28,8 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.models import AutoencoderKLCogVideoX
@@ -60,6 +63,18 @@ def unet(layers: int = 2) -> StableDiffusionPipeline:
         attention_head_dim=8, norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2)
     return StableDiffusionPipeline(_vae(), None, None, model, _ddim(), None, None, requires_safety_checker=False)
+
+
+def sdxl(layers: int = 1) -> StableDiffusionXLPipeline:
+    """As on SDXL no attention at full resolution, transformers of two layers, and conditions added to the time."""
+    model = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 32), layers_per_block=layers, transformer_layers_per_block=(1, 2),
+        cross_attention_dim=WIDTH, attention_head_dim=8, norm_num_groups=8, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + WIDTH,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+    scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                       timestep_spacing="leading", steps_offset=1)
+    return StableDiffusionXLPipeline(_vae(), *[None] * 4, model, scheduler, add_watermarker=False)
 
 
 def _ddim() -> DDIMScheduler:
@@ -121,7 +136,7 @@ class Family:
     def pipe(self, **kwargs) -> Any:
         torch.manual_seed(0)
         pipe = self.make(**kwargs)
-        _livelier(pipe.unet if self.name == "unet" else pipe.transformer)
+        _livelier(getattr(pipe, "unet", None) or pipe.transformer)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -129,7 +144,7 @@ class Family:
             guidance: float = 3.0, **more) -> torch.Tensor:
         """Latents (or, for DiT, pixels) of one run of `pipe`."""
         common = dict(num_inference_steps=steps, guidance_scale=guidance, generator=torch.Generator().manual_seed(seed), **more)
-        dtype = (pipe.unet if self.name == "unet" else pipe.transformer).dtype
+        dtype = (getattr(pipe, "unet", None) or pipe.transformer).dtype
         if self.name == "dit":
             labels = [(seed + i) % 10 for i in range(batch)]
             return torch.from_numpy(pipe(labels, output_type="np", **common).images)
@@ -140,7 +155,7 @@ class Family:
             common["guidance_scale"] = 3.5
         else:
             common |= dict(negative_prompt_embeds=negative)
-        if self.name == "sd3":
+        if self.name in ("sd3", "sdxl"):
             common |= dict(pooled_prompt_embeds=text[:, 0], negative_pooled_prompt_embeds=negative[:, 0])
         if self.name == "pixart":
             mask = torch.ones(batch, WORDS, dtype=torch.long)
@@ -168,6 +183,7 @@ class Family:
 
 FAMILIES = {family.name: family for family in (
     Family("unet", unet, ((32, 32), (32, 48)), StableDiffusionImg2ImgPipeline),
+    Family("sdxl", sdxl, ((32, 32), (32, 48)), StableDiffusionXLImg2ImgPipeline),
     Family("dit", dit, (None, None)),
     Family("pixart", pixart, ((32, 32), (32, 48))),
     Family("sd3", sd3, ((32, 32), (32, 48)), StableDiffusion3Img2ImgPipeline),

@@ -21,7 +21,7 @@ def patches():
 def entry(method, family) -> dict:
     pipe = family.pipe()
     try:
-        with method.apply(pipe) as patch:
+        with method.apply(pipe, contract.engaging(method)) as patch:
             family.run(pipe, steps=6)
             assert patch.report()["state"] == "engaged", (method, family.name, patch.report())
     except ValueError as refusal:

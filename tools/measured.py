@@ -25,8 +25,9 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The config as a table shows it: of a long list, only how long it is."""
-        return {key: f"({len(value)} values)" if isinstance(value, list | tuple) and len(value) > 4 else value
+        """The config as a table shows it: of a long list or a mapping, only how long it is."""
+        return {key: f"({len(value)} values)"
+                if isinstance(value, dict) or isinstance(value, list | tuple) and len(value) > 4 else value
                 for key, value in self.config.items()}
 
     @property

@@ -33,7 +33,7 @@ from accel_tools.rows import fields, link
 from accel_tools.schema import TAG_AXES, Entry, Paper
 
 AXES = (*TAG_AXES, "model", "kind")                       # axes that have a page for each term
-FAMILIES = ("unet", "dit", "pixart", "sd3", "flux", "latte", "cogvideox")     # models of this repository
+FAMILIES = ("unet", "sdxl", "dit", "pixart", "sd3", "flux", "latte", "cogvideox")     # models of this repository
 ARMS = {"plain": "Unaccelerated", "fewer_steps": "Fewer steps, equal cost"}
 METRICS = {                                               # key in an arm of a result -> column, how to print it
     "steps": ("Steps", "plain"), "passes": ("Passes", "plain"),

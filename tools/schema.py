@@ -47,9 +47,11 @@ def _yaml_bool(value: object) -> object:
 
 
 def _setting(value: object) -> object:
-    """A value of a Config as YAML means it: true, 2, 0.5, a list for a tuple, or a word."""
+    """A value of a Config as YAML means it: true, 2, 0.5, a list for a tuple, a mapping, or a word."""
     if isinstance(value, list):
         return tuple(_setting(part) for part in value)
+    if isinstance(value, dict):
+        return {name: _setting(part) for name, part in value.items()}
     if not isinstance(value, str) or value in ("true", "false"):
         return _yaml_bool(value)
     for number in (int, float):

@@ -18,12 +18,19 @@ def _same(x: Tensor) -> Tensor:
 
 
 def qkv(attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None, **_) -> tuple[Tensor, Tensor, Tensor]:
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None, attention_mask: Tensor | None = None,
+        **_) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values (B, H, tokens, D), normed and turned, with the text of a joint attention first.
 
     Self-attention of one stream (a UNet, DiT, PixArt, Latte, a Flux single block) or joint attention with projections of its
     own for the text (SD3, a Flux double block) or without (CogVideoX).
+
+    Raises:
+        ValueError: keys that come from the text alone, or a mask.
     """
+    if getattr(attn, "is_cross_attention", False) or attention_mask is not None:
+        raise ValueError("only self-attention and joint attention without a mask can be computed here, and this one has "
+                         f"{'a mask' if attention_mask is not None else 'its keys from the text'}")
     text = encoder_hidden_states
     apart = text is not None and getattr(attn, "add_q_proj", None) is not None
     x = hidden_states if text is None or apart else torch.cat([text, hidden_states], 1)

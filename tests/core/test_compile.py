@@ -1,4 +1,5 @@
 """With a patch on, the repeated blocks still compile whole, and few times, on a model of 16 blocks."""
+import contract
 import pytest
 import torch
 from families import FAMILIES
@@ -108,7 +109,7 @@ def test_other_families_compile_whole(name, method):
 
 @pytest.mark.parametrize("name", ["unet", "pixart"])
 def test_blocks_that_run_at_several_sizes_compile_whole(name):
-    family, config = FAMILIES[name], highlight_diffusion.Config(threshold=0.9, widen=0, margin=0, words=(1, 2, 3, 4))
+    family, config = FAMILIES[name], contract.engaging(highlight_diffusion)
     eager, pipe = family.pipe(), family.pipe()
     with highlight_diffusion.apply(eager, config):
         expected = family.run(eager, steps=STEPS)

@@ -107,5 +107,5 @@ def test_the_latent_grid_is_read_not_guessed():
         denoiser = describe(getattr(pipe, "unet", None) or pipe.transformer)
         seen = contexts(pipe, lambda family=family, pipe=pipe: family.run(pipe, steps=1, size=family.sizes[1]))
         grids[name] = denoiser.grid(seen[0].inputs, denoiser.blocks[0])
-    assert grids == {"unet": (1, 16, 24), "dit": (1, 8, 8), "pixart": (1, 8, 12), "sd3": (1, 8, 12), "flux": (1, 8, 12),
-                     "latte": (1, 8, 12), "cogvideox": (3, 4, 4)}
+    assert grids == {"unet": (1, 16, 24), "sdxl": (1, 8, 12), "dit": (1, 8, 8), "pixart": (1, 8, 12), "sd3": (1, 8, 12),
+                     "flux": (1, 8, 12), "latte": (1, 8, 12), "cogvideox": (3, 4, 4)}

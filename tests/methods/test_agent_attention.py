@@ -3,6 +3,8 @@ import pytest
 import torch
 from families import FAMILIES
 
+from accel_kernels.agent_attention import agent_attention as kernel
+from accel_tools.macs import count_macs
 from methods import agent_attention, tome
 from methods.agent_attention import AgentAttention
 
@@ -72,10 +74,10 @@ def test_a_step_of_the_whole_block_worked_in_a_loop():
     torch.testing.assert_close(seen["out"][0], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_after_the_agent_steps_only_merging_is_left():
+def test_after_the_share_of_agents_only_merging_is_left():
     family = FAMILIES["unet"]
     pipe = family.pipe()
-    with agent_attention.apply(pipe, agent_attention.Config(agent_steps=2)) as patch:
+    with agent_attention.apply(pipe, agent_attention.Config(agent_share=0.4)) as patch:
         family.run(pipe, steps=5)
         report = patch.report()
     assert (report["agents"], report["merged"]) == (2 * 5, 3 * 5)                       # five blocks at the full resolution
@@ -89,11 +91,55 @@ def test_too_many_agents_are_plain_token_merging():
         assert torch.equal(family.run(ours), family.run(theirs))
 
 
-def test_without_agent_steps_it_is_plain_token_merging():
+def test_without_agents_it_is_plain_token_merging():
     family = FAMILIES["unet"]
     ours, theirs = family.pipe(), family.pipe()
-    with agent_attention.apply(ours, agent_attention.Config(agent_steps=0)), tome.apply(theirs, tome.Config(ratio=0.4)):
+    with agent_attention.apply(ours, agent_attention.Config(agent_share=0.0)), tome.apply(theirs, tome.Config(ratio=0.4)):
         assert torch.equal(family.run(ours), family.run(theirs))
+
+
+def test_as_many_agents_as_queries_are_two_whole_maps():
+    """It is not softmax attention: the map of the queries over themselves stands before it."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 10, 8, dtype=torch.float64).unbind(0)
+    scale = 8 ** -0.5
+    out = kernel(q, k, v, q, scale=scale, sharp=scale)
+    attention = (scale * q @ k.mT).softmax(-1) @ v
+    torch.testing.assert_close(out, (scale * q @ q.mT).softmax(-1) @ attention)
+    assert (out - attention).abs().max() > 0.1
+
+
+def test_cost_breaks_even_at_half_as_many_agents_as_tokens():
+    """Four products of N' x n x d, against two of N' x N' x d."""
+    q, k, v = torch.randn(3, 1, 2, 24, 8).unbind(0)
+    whole = count_macs(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    assert whole == 2 * 2 * 24 * 24 * 8
+    for n in (4, 12, 20):
+        a = torch.randn(1, 2, n, 8)
+        found = count_macs(lambda a=a: kernel(q, k, v, a, scale=1.0, sharp=1.0))
+        assert found == 4 * 2 * 24 * n * 8 and (found < whole) == (n < 12)
+
+
+def test_what_is_no_self_attention_or_has_a_mask_is_refused():
+    pipe = FAMILIES["unet"].pipe()
+    x, text, mask = torch.randn(1, 4, 16, 16), torch.randn(1, 5, 16), torch.ones(1, 256)
+    with agent_attention.apply(pipe), pytest.raises(ValueError, match="this one has a mask"):
+        pipe.unet(x, 10, text, attention_mask=mask)
+    config = {name: value for name, value in pipe.unet.config.items() if not name.startswith("_")}
+    pipe.unet = type(pipe.unet)(**config | {"only_cross_attention": True})
+    with agent_attention.apply(pipe), pytest.raises(ValueError, match="keys from the text"):
+        pipe.unet(x, 10, text)
+    with pytest.raises(ValueError, match="apply it to the pipeline"):
+        agent_attention.apply(pipe.unet)
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_parameters_of_the_trained_module(class_token):
+    """DeiT-T: projections, a depthwise 3 x 3, and for each of 3 heads and 49 agents two block maps, rows and columns."""
+    module = AgentAttention(192, 3, (14, 14), class_token=class_token)
+    projections, depthwise = 192 * 3 * 192 + 3 * 192 + 192 * 192 + 192, 9 * 192 + 192
+    biases = 3 * 49 * 2 * (49 + 14 + 14 + class_token)
+    assert sum(parameter.numel() for parameter in module.parameters()) == projections + depthwise + biases
 
 
 @pytest.mark.parametrize("class_token", [False, True])
@@ -146,9 +192,11 @@ def test_bias_of_an_agent_over_a_place():
 
 
 @pytest.mark.parametrize("wrong, named", [({"ratio": 1.2}, "ratio=1.2"), ({"agent_ratio": -0.1}, "agent_ratio=-0.1"),
-                                          ({"stride": 0}, "stride=0"), ({"agent_steps": -1}, "agent_steps=-1")])
+                                          ({"stride": 0}, "stride=0"), ({"agent_share": 1.1}, "agent_share=1.1")])
 def test_bad_values_are_named(wrong, named):
     with pytest.raises(ValueError, match=named):
         agent_attention.Config(**wrong)
     with pytest.raises(ValueError, match="agents=5 must be a square"):
         AgentAttention(8, 1, (3, 5), agents=5)
+    with pytest.raises(ValueError, match="num_heads=3 does not divide dim=8"):
+        AgentAttention(8, 3, (3, 5))

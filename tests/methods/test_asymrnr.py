@@ -140,6 +140,44 @@ def test_a_matching_lasts_a_window(monkeypatch):
     assert len(calls) == 2 * 2 * 3                                            # two spatial blocks, q and v, three windows
 
 
+def test_a_window_of_one_step_reuses_nothing(monkeypatch):
+    """Each step draws and matches anew; within a window both stay."""
+    family, drawn, matched = FAMILIES["dit"], [], []
+    draw, match = asymrnr.cells, distance_match
+    monkeypatch.setattr(asymrnr, "cells", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    monkeypatch.setattr(asymrnr, "distance_match", lambda *args: matched.append(args) or match(*args))
+    for window, times in ((1, 6), (3, 2), (10, 1)):
+        drawn.clear()
+        matched.clear()
+        pipe = family.pipe()
+        with asymrnr.apply(pipe, asymrnr.Config(window=window)):
+            family.run(pipe, steps=6)
+        assert len(drawn) == len(matched) == 2 * 3 * times                    # q and v of three blocks
+        places = {tuple(dst.tolist()) for dst, _ in drawn}
+        assert len(places) == len(drawn)
+
+
+def test_the_halves_of_guidance_share_a_partition_and_match_apart(monkeypatch):
+    family, plans = FAMILIES["dit"], []
+    real = asymrnr.merge_plan
+    monkeypatch.setattr(asymrnr, "merge_plan", lambda *args: plans.append((args, real(*args))) or plans[-1][1])
+    pipe = family.pipe()
+    with asymrnr.apply(pipe, asymrnr.Config(q=((0, 0.5),), v=())):
+        family.run(pipe, steps=1)
+    (distance, into, src, dst, _), plan = plans[-1]
+    heads = len(distance) // 2
+    assert len(src) + len(dst) == 64 and into.shape == (2 * heads, len(src))
+    assert all(set(dst.tolist()) <= set(owner.tolist()) for owner in plan.owner)
+    assert not torch.equal(into[:heads], into[heads:]) and not torch.equal(plan.owner[:heads], plan.owner[heads:])
+
+
+def test_a_feature_without_tiers_is_left_whole():
+    pipe = FAMILIES["cogvideox"].pipe()
+    with asymrnr.apply(pipe, asymrnr.Config(tiers={"q": [[9]] * 3})) as patch:
+        FAMILIES["cogvideox"].run(pipe, steps=2)
+        assert "values" not in patch.report() and patch.report()["queries"] == 2 * 3
+
+
 def test_measured_tiers_drive_the_ratios():
     family = FAMILIES["cogvideox"]
     pipe = family.pipe()

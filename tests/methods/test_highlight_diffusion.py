@@ -8,10 +8,9 @@ from accel_tools.macs import count_macs
 from methods import highlight_diffusion as hd
 
 WORDS = (1, 2, 3, 4)                                            # the families get embeddings, whose words are not known
-ENGAGING = hd.Config(threshold=0.9, widen=0, margin=0, words=WORDS)         # the maps of random models are scattered
 
 
-@pytest.mark.parametrize("check, case", contract.cases(hd, ENGAGING), ids=contract.name)
+@pytest.mark.parametrize("check, case", contract.cases(hd, contract.engaging(hd)), ids=contract.name)
 def test_contract(check, case):
     check(case)
 

@@ -67,28 +67,37 @@ def test_a_held_noise_is_one_long_step():
         torch.testing.assert_close(y, step(x, eps, a[0], a[-1]))
 
 
-@pytest.mark.parametrize("name", ["dit", "cogvideox", "flux", "unet"])
-def test_the_crop_is_computed_each_step_and_the_frame_each_phi_steps(name):
-    """Inside the box the output is that of the model on the crop, outside that of the last whole frame."""
-    family = FAMILIES[name]
-    pipe, twin = family.pipe(), family.pipe()
-    calls = []
-    model = pipe.unet if name == "unet" else pipe.transformer
-    plain = twin.unet if name == "unet" else twin.transformer
+ASIDE = (0.25, 0.5, 0.75, 1.0)                                              # a box at the right edge
+
+
+def calls_of(name, model):
+    """A list that fills with the inputs by name and the output of every call of the model."""
+    calls, names = [], ["sample" if name == "unet" else "hidden_states", "timestep", "encoder_hidden_states"]
 
     def note(_, args, kwargs, out):
-        names = ["sample" if name == "unet" else "hidden_states", "timestep", "encoder_hidden_states"]
-        inputs = dict(zip(names, args, strict=False)) | kwargs
+        inputs = dict(zip(names, args, strict=False)) | kwargs | {"return_dict": False}
         calls.append((inputs, out[0] if isinstance(out, tuple) else out.sample))
+    model.register_forward_hook(note, with_kwargs=True)
+    return calls
 
-    with ocd.apply(pipe, ocd.Config(phi=2, gamma=0.5, ratio=0.0)) as patch:
-        model.register_forward_hook(note, with_kwargs=True)
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "latte", "cogvideox", "flux", "unet"])
+def test_the_crop_is_computed_each_step_and_the_frame_each_phi_steps(name):
+    """Inside the box the output is that of the model on the crop at its place, outside that of the last whole frame."""
+    family = FAMILIES[name]
+    pipe, twin = family.pipe(), family.pipe()
+    model, plain, cropped = (pipe.unet if name == "unet" else pipe.transformer for pipe in (pipe, twin, family.pipe()))
+    with ocd.apply(pipe, ocd.Config(phi=2, gamma=0.5, ratio=0.0, box=ASIDE)) as patch:
+        calls = calls_of(name, model)
         family.run(pipe, steps=6)
         assert (patch.report()["crops"], patch.report()["frames"]) == (3, 2 + 3)
     latent = "sample" if name == "unet" else "hidden_states"
+    if name in ("dit", "pixart", "sd3", "latte"):
+        embed, rows = cropped.pos_embed, torch.arange(64).view(8, 8)[2:6, 4:].flatten()
+        places = (plain.pos_embed(torch.zeros(1, 4, 16, 16)) - embed.proj.bias)[:, rows]
+        embed.forward = lambda x: embed.proj(x).flatten(2).mT + places
     whole = None
     for i, (inputs, out) in enumerate(calls[:4]):
-        inputs = {**inputs, "return_dict": False}
         x = inputs[latent]
         if i % 2 == 0 or i >= 3:
             whole = plain(**inputs)[0]
@@ -96,22 +105,69 @@ def test_the_crop_is_computed_each_step_and_the_frame_each_phi_steps(name):
             assert torch.equal(out, whole)
             continue
         if name == "flux":
-            rows = torch.arange(64).view(8, 8)[2:6, 2:6].flatten()
-            part = plain(**inputs | {latent: x[:, rows], "img_ids": inputs["img_ids"][rows]})[0]
+            rows = torch.arange(64).view(8, 8)[2:6, 4:].flatten()
+            part = cropped(**inputs | {latent: x[:, rows], "img_ids": inputs["img_ids"][rows]})[0]
             expected = whole.clone()
             expected[:, rows] = part
         else:
             height, width = x.shape[-2:]
-            y, z = (slice(n // 4 // 2 * 2, -(-3 * n // 4 // 2) * 2) for n in (height, width))
+            y, z = slice(height // 4, height * 3 // 4), slice(width // 2, width)
             more = {}
             if name == "cogvideox":
-                rows = torch.arange(72).view(3, 4, 6)[:, y.start // 2:y.stop // 2, z.start // 2:z.stop // 2].flatten()
+                rows = torch.arange(72).view(3, 4, 6)[:, 1:3, 3:].flatten()
                 more = {"image_rotary_emb": tuple(part[rows] for part in inputs["image_rotary_emb"])}
-            part = plain(**inputs | {latent: x[..., y, z]} | more)[0]
-            inside = ocd.foreground(ocd.Config(), 1, height, width)[0, y, z]
             expected = whole.clone()
-            expected[..., y, z] = torch.where(inside, part, expected[..., y, z])
+            expected[..., y, z] = cropped(**inputs | {latent: x[..., y, z]} | more)[0]
         torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_residuals_are_cropped_with_the_latent():
+    """Those of a ControlNet, and those of an adapter, a list that a UNet empties as it goes."""
+    family = FAMILIES["unet"]
+    pipe, plain = family.pipe(), family.pipe().unet
+    sizes = [(32, 16)] * 3 + [(32, 8)] * 3 + [(32, 4)] + [(64, 4)] * 2
+    down = [torch.randn(2, channels, side, side) for channels, side in sizes]
+    given = {"down_block_additional_residuals": down, "mid_block_additional_residual": torch.randn(2, 64, 4, 4)}
+    adapter = [torch.randn(2, 32, 16, 16), torch.randn(2, 32, 8, 8), torch.randn(2, 64, 4, 4)]
+    pipe.unet.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | given | {
+        "down_intrablock_additional_residuals": list(adapter)}), with_kwargs=True)
+    with ocd.apply(pipe, ocd.Config(phi=2, ratio=0.0, box=ASIDE)):
+        calls = calls_of("unet", pipe.unet)
+        family.run(pipe, steps=3)
+
+    def cut(x):
+        n = x.shape[-1]
+        return x[..., n // 4:3 * n // 4, n // 2:]
+    inputs, out = calls[0]
+    short = {name: cut(value) if torch.is_tensor(value) else [cut(each) for each in value] for name, value in given.items()}
+    part = plain(**inputs | short | {"sample": cut(inputs["sample"]),
+                                     "down_intrablock_additional_residuals": [cut(each) for each in adapter]})[0]
+    torch.testing.assert_close(cut(out), part, atol=1e-4, rtol=1e-4)
+
+
+def test_a_mask_joins_the_crop_where_the_object_is():
+    """An L in the crop of its bounding box: two parts are the crop's, the third is the frame's, and counts as background."""
+    family, fores, weighted = FAMILIES["dit"], [], ocd.weighted
+    mask = torch.zeros(1, 16, 16)
+    mask[0, 4:12, 4:8] = mask[0, 8:12, 4:12] = 1
+    pipe, plain = family.pipe(), family.pipe().transformer
+    with pytest.MonkeyPatch.context() as patcher, ocd.apply(pipe, ocd.Config(phi=2, mask=mask)):
+        patcher.setattr(ocd, "weighted", lambda cosine, fore, eta: fores.append(fore) or weighted(cosine, fore, eta))
+        family.run(pipe, steps=3)
+    crop = [fore for fore in fores if len(fore) == 12]                                       # 4 x 4 tokens, 4 destinations
+    assert crop and all(int(fore.sum()) == 9 for fore in crop)
+    with ocd.apply(pipe, ocd.Config(phi=2, ratio=0.0, mask=mask)):
+        calls = calls_of("dit", pipe.transformer)
+        family.run(pipe, steps=3)
+    inputs, out = calls[0]
+    whole = plain(**inputs)[0]
+    same = (out == whole).all(1).all(0)
+    assert torch.equal(same, mask[0] == 0)
+    box = torch.zeros(1, 16, 16)
+    box[0, 4:12, 4:12] = 1
+    twin = family.pipe()
+    with ocd.apply(pipe, ocd.Config(mask=box)), ocd.apply(twin, ocd.Config()):
+        assert torch.equal(family.run(pipe), family.run(twin))
 
 
 @pytest.mark.parametrize("setting", [dict(gamma=1.0), dict(box=(0, 0, 1, 1))])
@@ -150,11 +206,39 @@ def test_one_attention_in_a_loop():
 
 
 def test_cost_of_the_phases():
-    """N = 20, gamma = 1/4, phi = 5: fifteen crops and three frames, then five frames."""
-    pipe = FAMILIES["dit"].pipe()
+    """N = 20, gamma = 1/4, phi = 5, a quarter of the frame: fifteen crops and three frames, then five frames."""
+    pipe, tokens = FAMILIES["dit"].pipe(), []
+    pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
     with ocd.apply(pipe, ocd.Config(phi=5)) as patch:
         FAMILIES["dit"].run(pipe, steps=20)
-        assert (patch.report()["crops"], patch.report()["frames"]) == (15, 3 + 5)
+        report = patch.report()
+    assert (report["crops"], report["frames"]) == (15, 3 + 5)
+    assert sum(tokens) == (15 * 0.25 + 3 + 5) * 64
+    assert report["merged"] == 3 * len(tokens)                                          # three blocks merge in each of them
+
+
+def test_a_phase_ends_at_its_step():
+    """(1 - 0.8) * 20 is just below 4 in floating point."""
+    pipe = FAMILIES["dit"].pipe()
+    with ocd.apply(pipe, ocd.Config(phi=5, gamma=0.8)) as patch:
+        FAMILIES["dit"].run(pipe, steps=20)
+        assert patch.report()["crops"] == 4
+
+
+def test_at_full_weight_the_object_is_merged_like_the_rest():
+    """eta = 1 picks what plain merging picks; nothing to merge changes nothing."""
+    torch.manual_seed(0)
+    src, dst, cosine = torch.arange(40), torch.arange(40, 50), 2 * torch.rand(2, 40) - 1
+    into, fore = torch.randint(10, (2, 40)), torch.rand(40) < 0.5
+    ours = merge_plan(ocd.weighted(cosine, fore, 1.0), into, src, dst, 20)
+    assert torch.equal(ours.owner, merge_plan(cosine, into, src, dst, 20).owner)
+    family = FAMILIES["latte"]
+    results = []
+    for config in (ocd.Config(phi=1, eta=1.0), ocd.Config(phi=1, eta=1.0, box=(0, 0, 0.25, 0.25)), ocd.Config(phi=1)):
+        pipe = family.pipe()
+        with ocd.apply(pipe, config):
+            results.append(family.run(pipe))
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
 def test_what_would_meet_two_sizes_is_refused():
@@ -170,3 +254,16 @@ def test_what_would_meet_two_sizes_is_refused():
 def test_bad_values_are_named(wrong, named):
     with pytest.raises(ValueError, match=named):
         ocd.Config(**wrong)
+
+
+def test_configurations_with_masks_can_be_compared():
+    config = ocd.Config(mask=torch.ones(1, 4, 4))
+    assert config == config and config != ocd.Config(mask=torch.ones(1, 4, 4)) and hash(config)
+
+
+def test_a_crop_too_small_for_a_cell_is_not_merged():
+    family = FAMILIES["unet"]
+    pipe = family.pipe()
+    with ocd.apply(pipe, ocd.Config(box=(0.5, 0.5, 0.55, 0.55), stride=4)) as patch:
+        assert family.run(pipe).isfinite().all()
+        assert patch.report()["crops"] and patch.report()["merged"]

@@ -3,7 +3,15 @@ import math
 import contract
 import pytest
 import torch
-from families import FAMILIES, WIDTH, WORDS
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+from families import FAMILIES, WIDTH, WORDS, _text
 
 from methods import tome, tome_binding
 from methods._core.attention import cross_map
@@ -68,6 +76,22 @@ def test_entropy_of_a_point_of_a_plane_and_of_maps_written_out():
             share = [(value - min(share)) / (max(share) - min(share)) for value in share]
             total -= 2 * sum(value / sum(share) * math.log(value / sum(share) + 1e-5) for value in share)
         assert tome_binding.entropy_loss(maps, [2, 4], 4)[b].item() == pytest.approx(total, rel=1e-4)
+
+
+def test_a_flat_map_is_an_even_one():
+    """Beside an ordinary one, which it must not spoil; of one token alone every map is flat."""
+    maps = torch.rand(1, 64, 6)
+    maps[..., 1:] = maps[..., 1:2]
+    maps[..., 4] += torch.rand(1, 64)
+    maps[0, :, 1:4] = 0.3
+    alone = maps[..., 1:2].expand(-1, -1, 2).clone().requires_grad_()
+    assert tome_binding.entropy_loss(alone, [1], 1).item() == pytest.approx(tome_binding.uniform_entropy(64, 1), abs=1e-4)
+    maps.requires_grad_()
+    loss = tome_binding.entropy_loss(torch.cat([maps.detach(), torch.full_like(maps, 0.3)]).requires_grad_(), [2, 4], 5)
+    assert loss.isfinite().all() and loss[1].item() == pytest.approx(tome_binding.uniform_entropy(64, 2), abs=1e-3)
+    assert torch.autograd.grad(tome_binding.entropy_loss(alone, [1], 1).sum(), alone)[0].abs().max() == 0
+    out, _ = run(tome_binding.Config(objects=(((1,), ()),), length=1, attention_steps=1))
+    assert out.isfinite().all()
 
 
 def test_descent_on_the_entropy_makes_a_map_compact():
@@ -164,14 +188,104 @@ def test_samples_are_refined_apart_and_each_stops_by_itself():
     torch.testing.assert_close(both, torch.cat([first, second]), atol=1e-3, rtol=1e-3)
 
 
-def test_the_scheduler_does_not_notice_the_anchors():
-    plain, pipe = FAMILIES["unet"].pipe(), FAMILIES["unet"].pipe()
-    FAMILIES["unet"].run(plain)
-    with tome_binding.apply(pipe, FULL):
-        FAMILIES["unet"].run(pipe)
-    for name, value in vars(plain.scheduler).items():
-        other = vars(pipe.scheduler)[name]
-        assert torch.equal(value, other) if torch.is_tensor(value) else value == other
+@pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, PNDMScheduler,
+                                  DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_the_run_does_not_notice_the_anchors(kind):
+    """At a learning rate of 0 anchors change nothing: not the history nor the index of a scheduler, nor the generator."""
+    family, results = FAMILIES["unet"], []
+    for anchors in ((), tuple(PHRASES[:2])):
+        pipe = family.pipe()
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+        config = tome_binding.Config(objects=OBJECTS, anchors=anchors, token_rate=0.0, token_steps=3, attention_steps=0)
+        state = torch.get_rng_state()
+        with tome_binding.apply(pipe, config) as patch:
+            results.append((family.run(pipe, steps=5), getattr(pipe.scheduler, "_step_index", None)))
+            assert ("token_updates" in patch.report()) == bool(anchors)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+
+
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, PNDMScheduler])
+def test_an_anchor_is_sampled_like_an_image(kind):
+    """With the phrase as the prompt the anchor latent is that of an ordinary guided run."""
+    family, latents = FAMILIES["unet"], []
+    text = PHRASES[:1]
+
+    def sample(config, **more):
+        pipe = family.pipe()
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+        with tome_binding.apply(pipe, config) as patch:
+            pipe(prompt_embeds=text, negative_prompt_embeds=0 * text, height=32, width=32, num_inference_steps=4,
+                 generator=torch.Generator().manual_seed(0), guidance_scale=3.0, output_type="latent", **more)
+            return patch._on_call[0].__self__.anchors.value if config.objects else None
+    off = tome_binding.Config(objects=())
+    sample(off, callback_on_step_end=lambda pipe, i, t, given: latents.append(given["latents"]) or given)
+    anchor, = sample(tome_binding.Config(anchors=(text[0],), token_rate=0.0, token_steps=4, attention_steps=0))
+    torch.testing.assert_close(anchor, latents[3], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_guidance_of_an_anchor(reverse):
+    family, seen, steps = FAMILIES["unet"], [], []
+    pipe = family.pipe()
+    config = tome_binding.Config(anchors=(PHRASES[0],), token_updates=1, token_steps=1, attention_steps=0,
+                                 reversed_anchor=reverse)
+    with pytest.MonkeyPatch.context() as patcher, tome_binding.apply(pipe, config) as patch:
+        binding, step = patch._on_call[0].__self__, DDIMScheduler.step
+        predict = binding.predict
+        patcher.setattr(binding, "predict", lambda *args: seen.append(predict(*args)) or seen[-1])
+        patcher.setattr(DDIMScheduler, "step", lambda self, *args, **kwargs: steps.append(args[0]) or step(
+            self, *args, **kwargs))
+        family.run(pipe, steps=1, guidance=3.0)
+    phrase, _, null = seen
+    assert torch.equal(steps[0], null + (-3.0 if reverse else 3.0) * (phrase - null))
+
+
+def test_only_the_merged_rows_are_tuned():
+    pipe, rows = FAMILIES["unet"].pipe(), []
+    config = tome_binding.Config(objects=OBJECTS, anchors=tuple(PHRASES[:2]), token_rate=10.0, attention_steps=0)
+    with tome_binding.apply(pipe, config) as patch:
+        pipe.unet.register_forward_pre_hook(lambda _, args, kwargs: rows.append(kwargs["encoder_hidden_states"]),
+                                            with_kwargs=True)
+        given = FAMILIES["unet"].run(pipe, steps=2) is not None and rows[-1][1]
+        assert patch.report()["token_updates"] == 2 * 2 * 3
+    text = tome_binding.merge_tokens(_text(1, 0), OBJECTS)[0]
+    changed = (given != text).any(1).nonzero()[:, 0].tolist()
+    assert changed == [2, 4]
+
+
+def test_on_sdxl_the_extra_calls_have_no_pooled_text():
+    family, pooled = FAMILIES["sdxl"], []
+    pipe = family.pipe()
+    pipe.unet.add_embedding.register_forward_pre_hook(lambda _, args: pooled.append(args[0][:, :WIDTH]))
+    with tome_binding.apply(pipe, FULL) as patch:
+        out = family.run(pipe)
+        report = patch.report()
+        attn = pipe.unet.up_blocks[0].attentions[1].transformer_blocks[1].attn2
+        assert report["modules"] == 1 and hasattr(attn, "_patch_site")
+    empty = [not part.any() for part in pooled]
+    assert empty.count(True) == report["extra_calls"] > 0 and empty.count(False) == 4
+    assert out.isfinite().all() and not torch.equal(out, family.run(family.pipe()))
+
+
+def test_residuals_of_a_controlnet_reach_the_extra_calls():
+    """Its conditional half, also from a tuple of them."""
+    family = FAMILIES["unet"]
+    pipe, plain, calls = family.pipe(), family.pipe().unet, []
+    sizes = [(32, 16)] * 3 + [(32, 8)] * 3 + [(32, 4)] + [(64, 4)] * 2
+    down, mid = [torch.randn(2, channels, side, side) for channels, side in sizes], torch.randn(2, 64, 4, 4)
+    pipe.unet.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | {
+        "down_block_additional_residuals": tuple(down), "mid_block_additional_residual": mid}), with_kwargs=True)
+    with tome_binding.apply(pipe, FULL) as patch:
+        binding = patch._on_call[0].__self__
+        predict = binding.predict
+        binding.predict = lambda context, x, text, start: calls.append(
+            (x.detach(), context.timestep, text.detach().clone(), predict(context, x, text, start))) or calls[-1][-1]
+        family.run(pipe, steps=1)
+    for x, t, text, out in calls:
+        expected = plain(x, t, text, down_block_additional_residuals=[each[1:] for each in down],
+                         mid_block_additional_residual=mid[1:]).sample
+        torch.testing.assert_close(out.detach(), expected)
 
 
 def test_it_stacks_with_nothing():
@@ -204,7 +318,7 @@ def test_maps_are_read_where_the_attention_is():
 @pytest.mark.parametrize("wrong, named", [
     ({"objects": (((), (1,)),)}, "needs a noun"), ({"objects": (((0,), (1,)),)}, "positions from 1"),
     ({"anchors": ("a", "b")}, "2 for 1 objects"), ({"token_steps": -1}, "token_steps=-1"),
-    ({"attention_updates": (0, 4)}, "attention_updates=")])
+    ({"attention_updates": (0, 4)}, "attention_updates="), ({"simplified": "a ball"}, "simplified: .* length")])
 def test_bad_values_are_named(wrong, named):
     with pytest.raises(ValueError, match=named):
         tome_binding.Config(**wrong)
