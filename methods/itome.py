@@ -11,7 +11,7 @@ Map
     sizes           r merged, D destinations, M in the pool              sizes
     pool            the M most important; D of them are destinations     draw
     matching        by cosine on a UNet, by place on a transformer       nearest_place, apply
-    forced merging  of every token below the pool's least importance     draw, which finds them; _Layer.make, choose in apply
+    forced merging  of every token below the pool's least importance     draw, _Layer.make, apply
     schedule        grid, then importance; prune, then merge             apply
 
 Departures
