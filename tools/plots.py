@@ -140,7 +140,7 @@ def _short(run: Run) -> str:
     if run.kind == "plain":
         return "plain"
     settings = [f"{value:g}" if isinstance(value, int | float) else str(value) for value in run.config.values()
-                if not isinstance(value, bool | list | tuple)]
+                if not isinstance(value, bool | list | tuple | dict)]
     return " ".join([run.name, *settings[:2]])
 
 

@@ -103,3 +103,11 @@ def test_nothing_timed_means_nothing_to_plot(results):
             each.pop("speedup", None)
             each.pop("peak_bytes", None)
     assert figures(measured("dit", results, None, NAMES)) == {}
+
+
+def test_a_config_of_lists_and_mappings_is_not_spelled_out_in_a_plot(results, baseline):
+    results["tome"]["records"][0]["config"] = {"ratio": 0.25, "tiers": {"q": [[9, 9, 8]]}, "plan": [0, 1, 2]}
+    found = measured("dit", results, baseline, NAMES, {})
+    drawn = "".join(figures(found).values())
+    assert "ToMe 0.25" in drawn and "[9" not in drawn
+    assert "ToMe, ratio 0.25, tiers (1 values), plan [0, 1, 2]" in [run.label for run in found.runs]
