@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
-from torch import Tensor
+from torch import Tensor, nn
 
 from accel_kernels.similarity_sum import similarity_sum
 from accel_tools.memory import peak_allocated
@@ -38,11 +38,6 @@ def _matched(x: Tensor, grid: tuple[int, int, int]):
 def tome_pair(x: Tensor, grid: tuple[int, int, int]):
     plan = _matched(x, grid)
     return plan.reduce, plan.restore
-
-
-def tome_tokens(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    reduce, restore = tome_pair(x, grid)
-    return restore(reduce(x))
 
 
 def tofu_tokens(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
@@ -82,33 +77,25 @@ def tomesd_pair(x: Tensor, grid: tuple[int, int, int]):
                                             generator=torch.Generator().manual_seed(0))
 
 
-def tomesd_tokens(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    merge, unmerge = tomesd_pair(x, grid)
-    return unmerge(merge(x))
-
-
 def product(x: Tensor, grid: tuple[int, int, int]) -> list[Tensor]:
     """The matching's own product, through oneDNN like the match, in pieces of 2^18 so that none has to leave the cache."""
     D = x.shape[1] // 4
-    return [F.linear(rows.to_mkldnn(), weight) for sample in x for weight in (sample[:D].to_mkldnn(),)
+    weights = [sample[:D].to_mkldnn() for sample in x]
+    return [F.linear(rows.to_mkldnn(), weight) for sample, weight in zip(x, weights, strict=True)
             for rows in sample[D:].split(2 ** 18 // D)]
 
 
-def plan_alone(x: Tensor, grid: tuple[int, int, int]) -> Any:
-    return _matched(x, grid)
-
-
-WAYS: dict[str, Callable[[Tensor, tuple[int, int, int]], Any]] = {
-    "tomesd": tomesd_tokens, "tome": tome_tokens, "tofu": tofu_tokens, "itome": itome_tokens, "sito": sito_tokens,
-    "toma": toma_tokens, "plan of tome": plan_alone, "product": product}
-
-
-def layer(way: Callable[..., Any] | None, attention: Attention, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Self-attention of x, on all tokens or between what `way` gives as reduction and restoration."""
+def layer(way: Callable[..., Any] | None, attention: nn.Module, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """`attention` of x, on all tokens or between what `way` gives as reduction and restoration."""
     if way is None:
         return attention(x)
     reduce, restore = way(x, grid)
     return restore(attention(reduce(x)))
+
+
+WAYS: dict[str, Callable[[Tensor, tuple[int, int, int]], Any]] = {
+    "tomesd": partial(layer, tomesd_pair, nn.Identity()), "tome": partial(layer, tome_pair, nn.Identity()), "tofu": tofu_tokens,
+    "itome": itome_tokens, "sito": sito_tokens, "toma": toma_tokens, "plan of tome": _matched, "product": product}
 
 
 def measure(rounds: int = 9) -> dict[str, list[dict[str, Any]]]:
