@@ -13,7 +13,7 @@ import copy
 import json
 import tempfile
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -80,7 +80,11 @@ def working(method: ModuleType) -> list[Family]:
 
 
 def cases(method: ModuleType, config: Any) -> list[tuple]:
-    return [(check, Case(method, config, family)) for check in CHECKS for family in working(method)]
+    """Every check on every family the method works on; on SDXL, which has no attention at full resolution, a level down."""
+    found = [Case(method, config, family) for family in working(method)]
+    if hasattr(config, "max_downsample") and all(case.family.name != "sdxl" for case in found):
+        found.append(Case(method, replace(config, max_downsample=2), FAMILIES["sdxl"]))
+    return [(check, case) for check in CHECKS for case in found]
 
 
 def name(value: Any) -> str:
