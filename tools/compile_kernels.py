@@ -172,7 +172,7 @@ def cases(override: dict[str, int]) -> Iterator[Case]:
             yield Case(f"column_mass_{width}", short, kernel, arguments, t, floor, moved + scalars, least + scalars)
             t, few = tiled(agent_attention.tile(dtype, width)), B * H * A * width  # values of all agents
             low = floor | {"BN": 32}
-            runs, span = agent_attention.splits(N, ceil(A / t["BN"]) * B * H, t["BM"])
+            (_, runs, _), span = cosine_match.launch(B * H, A, N, {"BS": t["BN"], "BD": t["BM"]})
             arguments = dict(p_a=p, p_k=p, p_v=p, p_part="*fp32", p_lse="*fp32") | integers | dict(N=A, m_span=span)
             kernel, least = agent_attention._agents_read_fwd_kernel, few * size + 2 * token + few * 4
             moved = few * size * runs + 2 * token * ceil(A / t["BN"]) + few * 4 * runs

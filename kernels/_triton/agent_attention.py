@@ -6,8 +6,7 @@ import triton.language as tl
 
 from accel_kernels._triton import attention_mass
 from accel_kernels._triton.attention_mass import stream_keys
-
-PROGRAMS = 256  # wanted in flight; fewer tiles of agents than this split the keys
+from accel_kernels._triton.cosine_match import launch
 
 
 def tile(dtype: torch.dtype, width: int) -> dict[str, int]:
@@ -17,13 +16,6 @@ def tile(dtype: torch.dtype, width: int) -> dict[str, int]:
     if dtype == torch.float32:
         return constants | {"BN": 32, "BM": 16} | ({"num_stages": 2} if wide else {"num_warps": 4})
     return constants | ({"BN": 32, "BM": 32, "num_warps": 4} if wide else {})
-
-
-def splits(keys: int, tiles: int, block: int) -> tuple[int, int]:
-    """Into how many runs the keys are cut for `tiles` programs without a cut, and how many keys a run has."""
-    columns = triton.cdiv(keys, block)
-    span = triton.cdiv(columns, min(columns, triton.cdiv(PROGRAMS, tiles))) * block
-    return triton.cdiv(keys, span), span
 
 
 @triton.jit
@@ -73,11 +65,10 @@ def agent_attention(
     constants = tile(q.dtype, width)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if batch * heads:
-        rows = triton.cdiv(agents, constants["BN"])
-        runs, span = splits(tokens, rows * batch * heads, constants["BM"])
+        grid, span = launch(batch * heads, agents, tokens, {"BS": constants["BN"], "BD": constants["BM"]})
+        runs = grid[1]
         part = torch.empty(batch, heads, runs, agents, width, dtype=torch.float32, device=q.device)
         lse = torch.empty(batch, heads, runs, agents, dtype=torch.float32, device=q.device)
-        grid = (rows, runs, batch * heads)
         _agents_read_fwd_kernel[grid](a, k, v, part, lse, agents, tokens, scale, span, **constants)
         gathered = (part * lse.softmax(2)[..., None]).sum(2).to(q.dtype)
         grid = (triton.cdiv(tokens, constants["BN"]), batch * heads)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from accel_kernels._triton.agent_attention import splits
+from accel_kernels._triton.cosine_match import launch
 from accel_kernels.agent_attention import agent_attention
 
 IMPLS = ("reference", "triton")
@@ -71,7 +71,7 @@ def test_reference_in_double_precision():
 
 @pytest.mark.parametrize("keys, tiles, block", ((4096, 32, 64), (100, 1, 64), (1, 500, 32), (65, 255, 64)))
 def test_every_run_of_keys_has_one(keys, tiles, block):
-    runs, span = splits(keys, tiles, block)
+    (_, runs, _), span = launch(tiles, 1, keys, {"BS": 1, "BD": block})
     assert span % block == 0 and (runs - 1) * span < keys <= runs * span
     assert runs == 1 or runs * tiles <= 2 * 256
 
