@@ -44,7 +44,8 @@ def parse(text: str | bytes, file: str) -> tuple[object, dict[Path, int], list[P
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        return None, {}, [Problem(file, mark.line + 1 if mark else 1, f"not valid YAML: {reason}")]
+        return None, {}, [Problem(file, mark.line + 1 if mark else 1, f"not valid YAML: {reason}; look here and in "
+                                   "the line above for a colon, a quote, a bracket or an indent")]
     except RecursionError:
         return None, {}, [Problem(file, 1, "not valid YAML: nested too deeply")]
     lines: dict[Path, int] = {(): 1}
