@@ -36,6 +36,7 @@ Example
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +46,12 @@ from torch import Tensor, nn
 
 from accel_kernels.agent_attention import agent_attention
 from accel_kernels.cosine_match import cosine_match
-from methods._core.attention import heads, project_out, qkv
+from methods._core.attention import unmasked
 from methods._core.context import StepContext
-from methods._core.denoiser import Block, describe
-from methods._core.patch import TOKENS, Patch
-from methods._core.reduction import Reduction
-from methods._core.tokens import merge_plan
-from methods.tome import partition, reduction
+from methods._core.denoiser import Block
+from methods._core.patch import Patch
+from methods._core.reduction import Reduction, reduce_all
+from methods._core.tokens import Plan, merge_plan, partition, reduction
 
 __all__ = ["OFF", "AgentAttention", "Config", "apply"]
 
@@ -82,34 +82,45 @@ OFF = Config(ratio=0.0, agent_share=0.0)
 
 
 class _Agents(Reduction):
-    """Merges tokens and agents from one matching of a block's input. The host fills in the cuts, 0 agents for plain merging."""
+    """Merges tokens and agents from one matching of a block's input. The host fills in the cuts, and whether there are agents.
+
+    Agents enter the attention behind the tokens and are taken apart again at its product, where they are queries alone.
+    """
 
     def __init__(self, block: Block, config: Config):
-        super().__init__(block)
+        super().__init__(block, self.match)
         self.config = config
-        self.src = self.dst = None
+        self.src = self.dst = self.agents = None
         self.r = self.agent_r = 0
         self.engaged = False
 
-    def image(self, forward, x: Tensor, *args, **kwargs) -> Tensor:
-        observed, self.input = self.input, None
-        if not (self.r or self.engaged):
-            return forward(x, *args, **kwargs)
-        score, into = cosine_match(observed, self.src, self.dst)
-        plan = merge_plan(score, into, self.src, self.dst, self.r)
-        if not self.engaged:
-            return plan.restore(forward(plan.reduce(x), *args, **kwargs))
-        agents = merge_plan(score, into, self.src, self.dst, self.agent_r)
-        return plan.restore(self.attend(agents.reduce(x), plan.reduce(x), *args, **kwargs))
+    def wire(self, patch: Patch) -> None:
+        super().wire(patch)
+        patch.attend(self.block.attn, self.attend)
 
-    def attend(self, a: Tensor, z: Tensor, *args, **kwargs) -> Tensor:
-        """Self-attention of tokens z (B, N, C) through agents a (B, n, C); agents are projected as queries."""
-        attn = self.block.attn
-        q, k, v = qkv(attn, z, *args, **kwargs)
-        a = (attn.norm_q or nn.Identity())(heads(attn.to_q(a), attn))
+    def match(self, x: Tensor) -> Plan:
+        score, into = cosine_match(x, self.src, self.dst)
+        self.agents = merge_plan(score, into, self.src, self.dst, self.agent_r) if self.engaged else None
+        return merge_plan(score, into, self.src, self.dst, self.r)
+
+    def image(self, forward, x: Tensor, *args, **kwargs) -> Tensor:
+        plan = self.plan()
+        if self.agents is None:
+            return plan.restore(forward(plan.reduce(x), *args, **kwargs))
+        rows = plan.reduce(x)
+        out = forward(torch.cat([rows, self.agents.reduce(x)], 1), *args, **kwargs)
+        return plan.restore(out[:, :rows.shape[1]].contiguous())
+
+    def attend(self, product, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **more) -> Tensor:
+        if self.agents is None:
+            return product(q, k, v, attn_mask=attn_mask, **more)
+        unmasked(attn_mask)
+        n = self.agents.owner.shape[1]
+        (q, a), (k, _), (v, _) = (x.split([x.shape[2] - n, n], 2) for x in (q, k, v))
         scale = q.shape[-1] ** -0.5
-        out = agent_attention(q, k, v, a, scale=scale, sharp=scale ** self.config.sharpen, shortcut=self.config.shortcut)
-        return project_out(attn, out.transpose(1, 2).flatten(2))
+        out = agent_attention(*(x.contiguous() for x in (q, k, v, a)), scale=scale, sharp=scale ** self.config.sharpen,
+                              shortcut=self.config.shortcut)
+        return torch.cat([out, torch.zeros_like(a)], 2)
 
 
 def apply(target: Any, config: Config = Config()) -> Patch:
@@ -122,32 +133,27 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         ValueError: a bare model (the share needs the number of steps), no self-attention over image tokens alone at that
             downsampling, or already applied.
     """
-    patch = Patch(target, "agent_attention", depth=TOKENS)
+    patch = Patch(target, "agent_attention")
     if config.ratio == 0 and config.agent_share == 0:
         return patch
-    denoiser = describe(patch.model)
-    blocks = patch.require((b for b in denoiser.blocks if 2 ** b.level <= config.max_downsample and not b.temporal
-                            and b.stream == "image"),
-                           f"self-attention over image tokens alone at a downsampling of {config.max_downsample} or less")
+    blocks = patch.blocks_at(config.max_downsample, lambda b: b.stream == "image", " over image tokens alone")
     patch.require_pipeline()
-    merges = [_Agents(block, config) for block in blocks]
-    for merge in merges:
-        merge.wire(patch)
 
-    def draw(context: StepContext) -> None:
+    def prepare(context: StepContext) -> Callable:
         early = context.i < round(config.agent_share * context.steps, 9)
         stride = config.stride if early else config.late_stride
         random = context.random(config.seed) if config.random else None
-        for merge in (merge for merge in merges if patch.reaches(merge.block.attn)):
-            merge.src, merge.dst = partition(denoiser.grid(context.inputs, merge.block), stride, random,
-                                             context.sample.device)
-            N = merge.tokens = len(merge.src) + len(merge.dst)
-            merge.r, merge.agent_r = (reduction(N, len(merge.dst), ratio) for ratio in (config.ratio, config.agent_ratio))
-            merge.engaged = early and 2 * (N - merge.agent_r) < N - merge.r
-            patch.counts["agents" if merge.engaged else "merged"] += 1
 
-    patch.each_call(draw)
-    return patch
+        def ready(layer: _Agents, grid: tuple[int, int, int]) -> int:
+            layer.src, layer.dst = partition(grid, stride, random, context.sample.device)
+            N = len(layer.src) + len(layer.dst)
+            layer.r, layer.agent_r = (reduction(N, len(layer.dst), ratio) for ratio in (config.ratio, config.agent_ratio))
+            layer.engaged = early and 2 * (N - layer.agent_r) < N - layer.r
+            patch.counts["agents" if layer.engaged else "merged"] += 1
+            return layer.agent_r if layer.engaged else layer.r
+        return ready
+
+    return reduce_all(patch, [_Agents(block, config) for block in blocks], prepare)
 
 
 class AgentAttention(nn.Module):

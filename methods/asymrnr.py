@@ -44,14 +44,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from accel_kernels.distance_match import distance_match
-from methods._core.attention import leave, qkv
+from methods._core.attention import unmasked
+from methods._core.cache import Slot
 from methods._core.context import StepContext
-from methods._core.denoiser import Block, Denoiser, describe
-from methods._core.patch import TOKENS, Feature, Patch
+from methods._core.denoiser import Block
+from methods._core.patch import Patch
 from methods._core.tokens import Plan, merge_plan, others
 
 __all__ = ["OFF", "Config", "Tiers", "apply", "cells", "kept", "measure", "ratio", "tiers"]
@@ -119,16 +119,16 @@ def tiers(distance: Tensor, window: int, levels: int = 10) -> list[list[int]]:
 class _Matched:
     """One feature of one attention, queries or values: the matching of the present window and the cut of the present step."""
 
-    def __init__(self, feature: Feature):
-        self.feature = feature
+    def __init__(self, slot: Slot):
+        self.slot = slot
         self.src = self.dst = self.place = None         # a partition, and the window, grid and device it was drawn for
         self.r = 0
 
     def match(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B * H, N, D) -> distance and destination of every source, kept for the window."""
-        if self.feature.value is None:
-            self.feature.value = distance_match(x, self.src, self.dst)
-        return self.feature.value
+        if self.slot.value is None:
+            self.slot.value = distance_match(x, self.src, self.dst)
+        return self.slot.value
 
     def plan(self, x: Tensor) -> Plan:
         distance, into = self.match(x)
@@ -136,36 +136,38 @@ class _Matched:
 
 
 class _Attention:
-    """Computes one self-attention with fewer queries and fewer keys and values. The host sets the cuts and `tokens`."""
+    """One self-attention with fewer queries and fewer keys and values. The host sets the cuts and `tokens`."""
 
-    def __init__(self, block: Block, features: tuple[Feature, Feature], mean: bool):
+    def __init__(self, block: Block, slots: tuple[Slot, Slot], mean: bool):
         self.block = block
-        self.q, self.v = (_Matched(feature) for feature in features)
+        self.q, self.v = (_Matched(slot) for slot in slots)
         self.reduce = Plan.reduce if mean else Plan.drop
         self.tokens = 0
 
-    def around(self, forward, hidden_states: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
-        if not (self.q.r or self.v.r):
-            return forward(hidden_states, *args, **kwargs)
-        q, k, v = qkv(self.block.attn, hidden_states, *args, **kwargs)
-        words = q.shape[2] - self.tokens
+    def attend(self, product, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **more) -> Tensor:
         restore = None
+        if self.v.r or self.q.r:
+            unmasked(attn_mask)
         if self.v.r:
-            plan = self.v.plan(v[:, :, words:].flatten(0, 1))
-            k, v = self.shorter(k, plan, words), self.shorter(v, plan, words)
+            plan = self.v.plan(self.rows(v))
+            k, v = self.shorter(k, plan), self.shorter(v, plan)
         if self.q.r:
-            restore = self.q.plan(q[:, :, words:].flatten(0, 1))
-            q = self.shorter(q, restore, words)
-        out = F.scaled_dot_product_attention(q, k, v)
-        if restore is not None:
-            whole = restore.restore(out[:, :, words:].flatten(0, 1)).unflatten(0, out.shape[:2])
-            out = torch.cat([out[:, :, :words], whole], 2)
-        return leave(self.block.attn, out, words if self.block.stream == "joint" else 0)
+            restore = self.q.plan(self.rows(q))
+            q = self.shorter(q, restore)
+        out = product(q, k, v, attn_mask=attn_mask, **more)
+        if restore is None:
+            return out
+        image, text = self.block.parted(out, restore.owner.shape[1])
+        return self.block.joined(restore.restore(image.flatten(0, 1)).unflatten(0, image.shape[:2]), text)
 
-    def shorter(self, x: Tensor, plan: Plan, words: int) -> Tensor:
-        """(B, H, words + N, D) -> (B, H, words + rows, D); text stays whole."""
-        rows = self.reduce(plan, x[:, :, words:].flatten(0, 1)).unflatten(0, x.shape[:2])
-        return torch.cat([x[:, :, :words], rows], 2)
+    def rows(self, x: Tensor) -> Tensor:
+        """The image's part of (B, H, tokens and text, D) -> (B * H, N, D)."""
+        return self.block.parted(x, self.tokens)[0].flatten(0, 1)
+
+    def shorter(self, x: Tensor, plan: Plan) -> Tensor:
+        """(B, H, tokens and text, D) -> (B, H, rows and text, D); text stays whole."""
+        image, text = self.block.parted(x, self.tokens)
+        return self.block.joined(self.reduce(plan, image.flatten(0, 1)).unflatten(0, x.shape[:2]), text)
 
 
 def apply(target: Any, config: Config = Config()) -> Patch:
@@ -177,27 +179,26 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     Raises:
         ValueError: no such block, tiers for another number of blocks, a bare model with tiers, or already applied.
     """
-    patch = Patch(target, "asymrnr", depth=TOKENS)
+    patch = Patch(target, "asymrnr")
     if not (config.q or config.v):
         return patch
-    denoiser, blocks = _found(patch)
+    blocks = patch.blocks_at(1)
     if config.tiers is not None:
         patch.require_pipeline()
         for name, table in config.tiers.items():
             if len(table) != len(blocks):
-                patch.remove()
                 raise ValueError(f"tiers[{name!r}] has {len(table)} rows for {len(blocks)} blocks")
-    attentions = [_Attention(block, (patch.feature(), patch.feature()), config.mean) for block in blocks]
+    attentions = [_Attention(block, (patch.slot(), patch.slot()), config.mean) for block in blocks]
     for attention in attentions:
-        patch.around(attention.block.attn, attention.around, opaque=True)
+        patch.attend(attention.block.attn, attention.attend)
 
     def decide(context: StepContext) -> None:
         for number, attention in enumerate(attentions):
-            grid = denoiser.grid(context.inputs, attention.block)
+            grid = patch.denoiser.grid(context.inputs, attention.block)
             attention.tokens = math.prod(grid)
             for name, matched in (("q", attention.q), ("v", attention.v)):
                 if context.i % config.window == 0:
-                    matched.feature.value = None
+                    matched.slot.value = None
                 place = context.i // config.window, grid, context.sample.device
                 if matched.place != place:
                     random = torch.Generator().manual_seed(
@@ -206,17 +207,14 @@ def apply(target: Any, config: Config = Config()) -> Patch:
                     matched.place = place
                 share = ratio(getattr(config, name), _tier(config.tiers, name, number, context))
                 matched.r = len(matched.src) - kept(attention.tokens, len(matched.dst), share) if share else 0
-                if matched.r and patch.reaches(attention.block.attn):
-                    patch.counts["queries" if name == "q" else "values"] += 1
+                if patch.reaches(attention.block.attn):
+                    patch.tally(matched.r, attention.tokens)
+                    if matched.r:
+                        patch.counts["queries" if name == "q" else "values"] += 1
 
     patch.each_call(decide)
-    return patch
-
-
-def _found(patch: Patch) -> tuple[Denoiser, list[Block]]:
-    denoiser = describe(patch.model)
-    return denoiser, patch.require((b for b in denoiser.blocks if b.level == 0 and not b.temporal),
-                                   "self-attention over tokens on a grid at full resolution")
+    patch.explain(lambda: "no tier reaches the least threshold")
+    return patch.on()
 
 
 def _tier(table: Tiers | None, name: str, block: int, context: StepContext) -> int:
@@ -239,35 +237,34 @@ def measure(pipe: Any, run: Callable[[], Any], config: Config = Config()) -> Tie
         run: calls the pipeline, with as many prompts as shall be averaged in one call.
         config: its stride, window and seed are used.
     """
-    patch = Patch(pipe, "asymrnr", depth=TOKENS)
-    denoiser, blocks = _found(patch)
+    patch = Patch(pipe, "asymrnr")
+    blocks = patch.blocks_at(1)
     seen: dict[str, list[dict[int, list[Tensor]]]] = {name: [{} for _ in blocks] for name in ("q", "v")}
+    split: list = [None] * len(blocks)
     step = {"i": 0}
 
-    def watch(number: int, block: Block, tokens: list) -> Callable:
-        def around(forward, hidden_states: Tensor, *args, **kwargs):
-            q, _, v = qkv(block.attn, hidden_states, *args, **kwargs)
-            dst, src = tokens[number]
+    def watch(number: int, block: Block) -> Callable:
+        def attend(product, q: Tensor, k: Tensor, v: Tensor, **more) -> Tensor:
+            dst, src = split[number]
             for name, x in (("q", q), ("v", v)):
-                x = x[:, :, x.shape[2] - len(dst) - len(src):].flatten(0, 1)
+                x = block.parted(x, len(dst) + len(src))[0].flatten(0, 1)
                 distance = distance_match(x, src, dst)[0].mean() / x.float().square().sum(-1).mean()
                 seen[name][number].setdefault(step["i"], []).append(distance.cpu())
-            return forward(hidden_states, *args, **kwargs)
-        return around
+            return product(q, k, v, **more)
+        return attend
 
-    split: list = [None] * len(blocks)
     for number, block in enumerate(blocks):
-        patch.around(block.attn, watch(number, block, split))
+        patch.attend(block.attn, watch(number, block))
 
     def draw(context: StepContext) -> None:
         step["i"] = context.i
         for number, block in enumerate(blocks):
             random = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
-            parts = cells(denoiser.grid(context.inputs, block), config.stride, random)
+            parts = cells(patch.denoiser.grid(context.inputs, block), config.stride, random)
             split[number] = tuple(part.to(context.sample.device) for part in parts)
 
     patch.each_call(draw)
-    with patch:
+    with patch.on():
         run()
     return {name: tiers(torch.tensor([[torch.stack(steps[i]).mean() for i in sorted(steps)] for steps in found]), config.window)
             for name, found in seen.items()}

@@ -35,19 +35,21 @@ Example
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from accel_kernels.attention_graph import flow, log_sums, partner
 from accel_kernels.merge import segments
 from accel_kernels.rows import gather_rows
 from accel_kernels.topk import topk_partition
-from methods._core.attention import heads
+from methods._core.attention import unmasked
 from methods._core.context import StepContext
-from methods._core.denoiser import Block, Denoiser, describe
-from methods._core.patch import TOKENS, Patch
+from methods._core.denoiser import Block, Denoiser
+from methods._core.patch import Patch
+from methods._core.site import Claim
 from methods._core.tokens import Plan
 
 __all__ = ["OFF", "Config", "Transformer", "apply", "page_rank", "prune", "transformers"]
@@ -139,41 +141,24 @@ class _Pruner:
         self.transformer, self.rounds = transformer, rounds
         self.kept: int | None = None
         self.shared = False
-        self.q = self.k = self.plan = None
+        self.plan: Plan | None = None
 
     def wire(self, patch: Patch) -> None:
         first, last = self.transformer.blocks[0], self.transformer.blocks[-1]
-        patch.around(first.attn.to_q, self.query)
-        patch.around(first.attn.to_k, self.key)
-        patch.around(first.attn, self.attend, closed=True)
-        patch.around(first.module, self.cut)
-        patch.around(last.module, self.fill)
-        patch.guard(branch.module for block in self.transformer.blocks for branch in block.branches
-                    if branch.module is not first.attn)
+        patch.attend(first.attn, self.rank, Claim.WHOLE)
+        patch.around(first.module, self.cut, Claim.WHOLE)
+        patch.around(last.module, self.fill, Claim.WHOLE)
+        patch.claim((branch.module for block in self.transformer.blocks for branch in block.branches), Claim.WHOLE)
 
-    def query(self, forward, x: Tensor) -> Tensor:
-        self.q = forward(x)
-        return self.q
-
-    def key(self, forward, x: Tensor) -> Tensor:
-        self.k = forward(x)
-        return self.k
-
-    def attend(self, forward, x: Tensor, *args, **kwargs) -> Tensor:
-        out, attn = forward(x, *args, **kwargs), self.transformer.blocks[0].attn
-        if self.q is None and self.kept is not None:            # fused projections: these two were not called
-            attn.to_q(x), attn.to_k(x)
-        return out
+    def rank(self, product, q: Tensor, k: Tensor, v: Tensor, **more) -> Tensor:
+        if self.kept is not None:
+            unmasked(more.get("attn_mask"))
+            self.plan = prune(q, k, self.kept, self.rounds, self.shared)
+        return product(q, k, v, **more)
 
     def cut(self, forward, x: Tensor, *args, **kwargs) -> Tensor:
         out = forward(x, *args, **kwargs)
-        q, k, self.q, self.k = self.q, self.k, None, None
-        if self.kept is None:
-            return out
-        attn = self.transformer.blocks[0].attn
-        norm_q, norm_k = (norm or nn.Identity() for norm in (attn.norm_q, attn.norm_k))
-        self.plan = prune(norm_q(heads(q, attn)), norm_k(heads(k, attn)), self.kept, self.rounds, self.shared)
-        return self.plan.drop(out)
+        return out if self.kept is None else self.plan.drop(out)
 
     def fill(self, forward, x: Tensor, *args, **kwargs) -> Tensor:
         out = forward(x, *args, **kwargs)
@@ -192,12 +177,11 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     Raises:
         ValueError: no such transformer, a bare model (the schedule needs the number of steps), or already applied.
     """
-    patch = Patch(target, "at_edm", depth=TOKENS)
+    patch = Patch(target, "at_edm")
     if config.ratio == 0:
         return patch
     patch.require_pipeline()
-    denoiser = describe(patch.model)
-    found = patch.require((each for each in transformers(denoiser) if each.blocks[0].level not in config.spare),
+    found = patch.require((each for each in transformers(patch.denoiser) if each.blocks[0].level not in config.spare),
                           "transformer of two layers or more over image tokens alone")
     pruners = [_Pruner(transformer, config.rounds) for transformer in found]
     for pruner in pruners:
@@ -207,12 +191,13 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         early = context.i < int(round(config.early * context.steps, 9))         # 0.7 * 90 is a little less than 63
         for pruner in pruners:
             first = pruner.transformer.blocks[0]
-            frames, height, width = denoiser.grid(context.inputs, first)
-            tokens = frames * height * width
+            tokens = prod(patch.denoiser.grid(context.inputs, first))
             pruner.kept = None if early and pruner.transformer.late else tokens - int(config.ratio * tokens)
             pruner.shared = config.shared and context.guided
             if patch.reaches(first.module):
                 patch.counts["whole" if pruner.kept is None else "pruned"] += 1
+                patch.tally(0 if pruner.kept is None else tokens - pruner.kept, tokens)
 
     patch.each_call(decide)
-    return patch
+    patch.explain(lambda: "every transformer was whole, in the early phase or because too few tokens leave")
+    return patch.on()

@@ -34,21 +34,20 @@ Example
 """
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 from torch import Tensor
 
 from accel_kernels.cosine_match import cosine_match
 from accel_kernels.merge import Segments
+from methods._core.cache import Slot
 from methods._core.context import StepContext
-from methods._core.denoiser import Block, describe
-from methods._core.patch import TOKENS, Feature, Patch
-from methods._core.reduction import Reduction
-from methods._core.tokens import Plan, joined, merge_plan
-from methods.tome import partition
+from methods._core.denoiser import Block, check_downsample
+from methods._core.patch import Patch
+from methods._core.reduction import Reduction, reduce_all
+from methods._core.tokens import Plan, joined, merge_plan, partition
 
 __all__ = ["CHECKPOINTS", "OFF", "Config", "adaptive_reduction", "apply", "computes"]
 
@@ -78,8 +77,7 @@ class Config:
             raise ValueError(f"checkpoints={self.checkpoints}: steps are counted from 1")
         if self.stride < 1:
             raise ValueError(f"stride={self.stride} must be at least 1")
-        if self.max_downsample not in (1, 2, 4, 8):
-            raise ValueError(f"max_downsample={self.max_downsample} must be 1, 2, 4 or 8")
+        check_downsample(self.max_downsample)
 
 
 OFF = Config(threshold=1.0)
@@ -101,7 +99,7 @@ class _Layer(Reduction):
     The host sets `anew`, and then also `src` and `dst`, before each call of the denoiser.
     """
 
-    def __init__(self, block: Block, kept: Feature, threshold: float):
+    def __init__(self, block: Block, kept: Slot, threshold: float):
         super().__init__(block, self.pair)
         self.kept, self.threshold = kept, threshold
         self.anew = True
@@ -131,27 +129,30 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     Raises:
         ValueError: no such block (SDXL has none at full resolution: use `max_downsample=2`); or already applied.
     """
-    patch = Patch(target, "ca_tome", depth=TOKENS)
+    patch = Patch(target, "ca_tome")
     if config.threshold == 1:
         return patch
-    denoiser = describe(patch.model)
-    blocks = patch.require((b for b in denoiser.blocks if 2 ** b.level <= config.max_downsample and not b.temporal),
-                           f"self-attention at a downsampling of {config.max_downsample} or less")
-    layers = [_Layer(block, patch.feature(), config.threshold) for block in blocks]
-    for layer in layers:
-        layer.wire(patch)
+    layers = [_Layer(block, patch.slot(), config.threshold) for block in patch.blocks_at(config.max_downsample)]
+    seen: list[_Layer] = []
 
-    def decide(context: StepContext) -> None:
+    def prepare(context: StepContext) -> Callable:
         random = context.random(config.seed) if config.random else None
         due = computes(context.i, config.checkpoints)
-        for layer in layers:
-            if not patch.reaches(layer.block.attn):
-                continue
-            grid = denoiser.grid(context.inputs, layer.block)
-            layer.tokens, layer.anew = prod(grid), due or layer.kept.value is None
+        seen.clear()
+
+        def ready(layer: _Layer, grid: tuple[int, int, int]) -> int:
+            layer.anew = due or layer.kept.value is None
             patch.counts["matched" if layer.anew else "reused"] += 1
             if layer.anew:
                 layer.src, layer.dst = partition(grid, config.stride, random, context.sample.device)
+            seen.append(layer)
+            return 0                                            # how many leave is known behind the match
+        return ready
 
-    patch.each_call(decide)
-    return patch
+    def count(context: StepContext, output: Tensor) -> None:
+        for layer in seen:
+            patch.tally(layer.tokens - layer.kept.value[-1].shape[1], 0)
+
+    patch.after_call(count)
+    patch.explain(lambda: f"no two tokens were as alike as threshold={config.threshold}")
+    return reduce_all(patch, layers, prepare)

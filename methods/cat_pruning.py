@@ -8,8 +8,8 @@ attention, stale; their predicted noise is that of the step before. Which tokens
 has moved most since the warm-up, by cluster, and three quarters to those that have waited longest.
 
 Map
-    stale keys and values   rows written into a cache of all tokens     _Memory
-    pruned layer            rows computed, the rest as they were        _Rows
+    stale keys and values   rows written into a cache of all tokens     _Attention
+    pruned layer            rows computed, the rest as they were        methods._core.cache.Rows
     stale noise             unselected patches of the last step         _Head
     clusters                k-means on noise and position               features, kmeans
     cluster score           norm of the cluster's largest changes       pool, smooth
@@ -48,15 +48,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from accel_kernels.rows import gather_rows, scatter_rows
+from accel_kernels.rows import scatter_rows
+from methods._core.attention import unmasked
+from methods._core.cache import Rows, Slot
 from methods._core.context import StepContext
-from methods._core.denoiser import describe
-from methods._core.patch import Feature, Patch
+from methods._core.denoiser import Block
+from methods._core.patch import Patch
 from methods._core.tokens import others
 
-__all__ = ["OFF", "Config", "apply", "features", "first_selection", "kmeans", "next_selection", "pool", "smooth"]
+__all__ = ["OFF", "TINY", "Config", "apply", "features", "first_selection", "kmeans", "next_selection", "pool", "smooth"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,7 @@ class Config:
 
 
 OFF = Config(keep=1.0)
+TINY = Config(warmup=2)
 
 
 def features(noise: Tensor, height: int, width: int, weight: float) -> Tensor:
@@ -174,65 +177,70 @@ def _filled(chosen: Tensor, values: Tensor, k: int) -> Tensor:
     return torch.cat([chosen.unique(), more]).sort().values
 
 
-class _Rows:
-    """A layer over image tokens: all rows, or those of `index` (B, k) written into its last output. The host sets `index`."""
+class _Attention(Rows):
+    """Rows of an attention over image tokens, whose keys and values are those of all tokens, as they were last computed."""
 
-    def __init__(self, feature: Feature):
-        self.feature = feature
-        self.index: Tensor | None = None
+    def __init__(self, block: Block, slots: tuple[Slot, Slot, Slot]):
+        super().__init__(slots[0])
+        self.block, self.memories = block, slots[1:]
+        self.count = 0
 
-    def around(self, forward, hidden_states: Tensor, *args, **kwargs):
-        rows = hidden_states if self.index is None else gather_rows(hidden_states, self.index)
-        return self.written(forward(rows, *args, **kwargs))
+    def wire(self, patch: Patch, attn: nn.Module) -> None:
+        joint = attn is self.block.attn and self.block.stream == "joint"
+        patch.around(attn, self.joint if joint else self.around)
+        patch.attend(attn, self.attend)
+
+    def chosen(self, x: Tensor) -> Tensor:
+        rows = super().chosen(x)
+        self.count = rows.shape[1]
+        return rows
 
     def joint(self, forward, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
-        rows = hidden_states if self.index is None else gather_rows(hidden_states, self.index)
-        image, text = forward(hidden_states=rows, **kwargs)
+        image, text = forward(hidden_states=self.chosen(hidden_states), **kwargs)
         return self.written(image), text
 
-    def written(self, rows: Tensor) -> Tensor:
-        self.feature.value = rows if self.index is None else scatter_rows(self.feature.value, self.index, rows)
-        return self.feature.value
+    def attend(self, product, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **more) -> Tensor:
+        unmasked(attn_mask)
+        k, v = (self.remembered(memory, x) for memory, x in zip(self.memories, (k, v), strict=True))
+        return product(q, k, v, **more)
+
+    def remembered(self, memory: Slot, x: Tensor) -> Tensor:
+        """x (B, H, rows and text, D) -> (B, H, N and text, D), with the rows written into what was last computed."""
+        image, text = self.block.parted(x, self.count)
+        flat = image.flatten(0, 1)
+        if self.index is not None:
+            flat = scatter_rows(memory.get(), self.index.repeat_interleave(x.shape[1], 0), flat)
+        return self.block.joined(memory.keep(flat).unflatten(0, x.shape[:2]), text)
 
 
-class _Memory(_Rows):
-    """A key or value projection: gets the rows, gives all tokens, the others as they were when last computed."""
-
-    def around(self, forward, x: Tensor) -> Tensor:
-        return self.written(forward(x))
-
-
-class _Head(_Rows):
+class _Head(Rows):
     """The last projection: keeps the noise it computes, and hands on the last step's noise where a token was not selected."""
 
-    def __init__(self, fresh: Feature, noise: Feature):
+    def __init__(self, fresh: Slot, noise: Slot):
         super().__init__(noise)
         self.fresh = fresh
 
     def around(self, forward, x: Tensor) -> Tensor:
-        self.fresh.value = forward(x)
-        return self.written(self.fresh.value if self.index is None else gather_rows(self.fresh.value, self.index))
+        return self.written(self.chosen(self.fresh.keep(forward(x))))
 
 
 class _Choice:
     """Which tokens each prompt computes, from the noise of the step before: reference, labels, frequency, selection."""
 
-    def __init__(self, patch: Patch, head: _Head, config: Config, cond_first: bool):
-        self.head, self.config, self.cond_first = head, config, cond_first
-        self.reference, self.state = patch.feature(), patch.feature()
+    def __init__(self, patch: Patch, head: _Head, config: Config):
+        self.head, self.config = head, config
+        self.reference, self.state = patch.slot(), patch.slot()
 
     def select(self, context: StepContext, height: int, width: int) -> Tensor | None:
         """The tokens of this call, (B, k) on the device of the latent; None computes all."""
-        config, noise = self.config, self.head.fresh.value
-        if context.i < config.warmup - 1 or context.fresh:
+        config, noise = self.config, self.head.fresh.get()
+        if context.i < config.warmup - 1 or noise is None:
             return None
         if self.reference.value is None:
-            self.reference.value = noise
+            self.reference.keep(noise)
             return None
-        copies = 2 if context.guided else 1
-        prompts = len(noise) // copies
-        conditional = slice(0, prompts) if self.cond_first or copies == 1 else slice(prompts, None)
-        now, start = (x[conditional].float().cpu() for x in (noise, self.reference.value))
+        copies = len(context.rows.parts)
+        now, start = (context.rows.take(x, "cond").float().cpu() for x in (noise, self.reference.get()))
         k = max(1, int(config.keep * now.shape[1]))
         clusters = min(config.clusters, now.shape[1])
         if self.state.value is None:
@@ -262,30 +270,36 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     patch = Patch(target, "cat_pruning")
     if config.keep == 1:
         return patch
-    denoiser = describe(patch.model)
+    denoiser = patch.denoiser
     able = denoiser.head is not None and not any(block.rotary or block.temporal for block in denoiser.blocks)
     blocks = patch.require(denoiser.blocks if able else (), "chain of blocks over one image without rotary positions")
-    head = _Head(patch.feature(), patch.feature())
-    choice = _Choice(patch, head, config, denoiser.cond_first)
-    rows: list[_Rows] = [head]
+    head = _Head(patch.slot(), patch.slot())
+    choice = _Choice(patch, head, config)
+    rows: list[Rows] = [head]
     patch.around(denoiser.head, head.around)
     for block in blocks:
         for branch in block.branches:
             if branch.name == "ff_context":                           # text is always computed
                 continue
-            rows.append(_Rows(patch.feature()))
-            mixes = branch.name.startswith("attn")
-            joint = mixes and branch.module is block.attn and block.stream == "joint"
-            patch.around(branch.module, rows[-1].joint if joint else rows[-1].around, opaque=mixes)
-            for projection in (branch.module.to_k, branch.module.to_v) if mixes else ():
-                rows.append(_Memory(patch.feature()))
-                patch.around(projection, rows[-1].around)
+            if branch.name.startswith("attn"):
+                rows.append(_Attention(block, (patch.slot(), patch.slot(), patch.slot())))
+                rows[-1].wire(patch, branch.module)
+            else:
+                rows.append(Rows(patch.slot()))
+                patch.around(branch.module, rows[-1].around)
 
     def choose(context: StepContext) -> None:
-        index = choice.select(context, *denoiser.grid(context.inputs, blocks[0])[1:])
+        if any(block.chunked for block in blocks):
+            raise RuntimeError("cat_pruning computes rows of whole sequences: switch forward chunking off")
+        index = None
+        if all(each.slot.value is not None for each in rows):
+            index = choice.select(context, *denoiser.grid(context.inputs, blocks[0])[1:])
         for each in rows:
             each.index = index
         patch.counts["full" if index is None else "pruned"] += 1
+        tokens = head.slot.value.shape[1] if index is not None else 1
+        patch.tally(0 if index is None else 1 - index.shape[1] / tokens, 1)
 
     patch.each_call(choose)
-    return patch
+    patch.explain(lambda: f"the run ends within warmup={config.warmup} steps")
+    return patch.on()

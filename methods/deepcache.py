@@ -7,7 +7,7 @@ connections does not. Every N-th step runs the whole UNet and keeps the feature 
 steps between run only the layers above that point, fed with fresh skips and the kept feature.
 
 Map
-    full step      keep the feature that enters an up layer            _Skip
+    full step      keep the feature that enters an up layer            methods._core.cache.Deep
     retrieve step  leave out what lies below the branch               branch_point, deep_modules
     1:N inference  uniform schedule                                   uniform_steps
     1:N inference  non-uniform schedule                               nonuniform_steps
@@ -33,9 +33,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from methods._core.cache import Deep
 from methods._core.context import StepContext
-from methods._core.denoiser import Stage, describe
-from methods._core.patch import Feature, Patch
+from methods._core.denoiser import Stage
+from methods._core.patch import Patch
 
 __all__ = ["OFF", "Config", "apply", "branch_point", "deep_modules", "nonuniform_steps", "uniform_steps"]
 
@@ -113,30 +114,6 @@ def deep_modules(stages: tuple[Stage, ...], branch: int) -> list[nn.Module]:
     return [module for module in deep if module is not None]
 
 
-class _Skip:
-    """Passes over one deep module on shallow steps. The last deep module gives the kept feature, the others something of the
-    right batch, height and width with no channels: nobody reads it, and joining it to other features costs nothing."""
-
-    def __init__(self, feature: Feature | None = None):
-        self.feature = feature
-        self.shallow = False
-        self.blank = None
-
-    def around(self, forward, *args, **kwargs):
-        if not self.shallow:
-            out = forward(*args, **kwargs)
-            if self.feature is not None:
-                self.feature.value = out
-            else:
-                self.blank = _no_channels(out)
-            return out
-        return self.blank if self.feature is None else self.feature.value
-
-
-def _no_channels(out):
-    return tuple(map(_no_channels, out)) if isinstance(out, tuple) else out[:, :0].clone()
-
-
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Skip everything below one skip connection on all but every N-th step.
 
@@ -151,14 +128,11 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         return patch
     if config.power is not None:                                   # the non-uniform schedule spans the whole run
         patch.require_pipeline()
-    stages = patch.require(describe(patch.model).unet, "UNet stages with skip connections (on a transformer use fora)")
-    try:
-        deep = deep_modules(tuple(stages), config.branch)
-    except ValueError:
-        patch.remove()
-        raise
-    skips = [_Skip(patch.feature() if module is deep[-1] else None) for module in deep]
-    for module, skip in zip(deep, skips, strict=True):
+    stages = patch.require(patch.denoiser.unet, "UNet stages with skip connections (on a transformer use fora)")
+    modules = deep_modules(tuple(stages), config.branch)
+    feature = patch.slot()
+    skips = [Deep(feature if module is modules[-1] else None) for module in modules]
+    for module, skip in zip(modules, skips, strict=True):
         patch.around(module, skip.around)
     full: set[int] = set()
 
@@ -169,12 +143,13 @@ def apply(target: Any, config: Config = Config()) -> Patch:
             if context.i == 0:
                 full.update(nonuniform_steps(context.steps, config.interval, config.center, config.power))
             due = context.i in full
-        shallow = not (due or context.fresh)
-        patch.skipping = shallow
+        shallow = not due and feature.value is not None
+        patch.skips(modules if shallow else ())
         for skip in skips:
             skip.shallow = shallow
         patch.counts["skipped" if shallow else "computed"] += len(skips)
+        patch.tally(len(skips) * shallow, len(skips))
 
     patch.each_call(decide)
     patch.each_run(full.clear)
-    return patch
+    return patch.on()

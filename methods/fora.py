@@ -7,7 +7,7 @@ steps between add the kept outputs to the residual stream, each still scaled by 
 
 Map
     static schedule  compute at s = T-1 and every multiple of N, s counting down    computes
-    caching          keep the attention and MLP outputs, before their gates         _Reuse
+    caching          keep the attention and MLP outputs, before their gates         methods._core.cache.Reuse
     reuse            in every block of the transformer                              apply
 
 Departures
@@ -31,9 +31,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from methods._core.cache import Mute, Reuse
 from methods._core.context import StepContext
-from methods._core.denoiser import describe
-from methods._core.patch import Feature, Patch
+from methods._core.denoiser import Branch
+from methods._core.patch import Patch
 
 __all__ = ["OFF", "Config", "apply", "computes"]
 
@@ -59,32 +60,6 @@ def computes(i: int, steps: int, interval: int, count_from: str = "end") -> bool
     return i == 0 or s % interval == 0
 
 
-class _Reuse:
-    """Keeps the output of one module, or gives back the kept one. The host sets `reuse` before each call."""
-
-    def __init__(self, feature: Feature):
-        self.feature = feature
-        self.reuse = False
-
-    def around(self, forward, *args, **kwargs):
-        if not self.reuse:
-            self.feature.value = forward(*args, **kwargs)
-        return self.feature.value
-
-
-class _Mute:
-    """Skips a module that only feeds a reused one: gives something of the right shape that nobody reads."""
-
-    def __init__(self, reuse: _Reuse, width: int):
-        self.reuse, self.width = reuse, width
-
-    def around(self, forward, *args, **kwargs):
-        if not self.reuse.reuse:
-            return forward(*args, **kwargs)
-        x = args[0] if args else kwargs["hidden_states"]
-        return x[..., :1].expand(*x.shape[:-1], self.width)
-
-
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Reuse the branch outputs of every transformer block between compute steps.
 
@@ -98,22 +73,23 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     if config.interval == 1:
         return patch
     patch.require_pipeline()
-    denoiser = describe(patch.model)
-    blocks = patch.require(() if denoiser.unet else denoiser.blocks, "chain of transformer blocks (on a UNet use deepcache)")
-    reuses = []
+    blocks = patch.require(() if patch.denoiser.unet else patch.denoiser.blocks,
+                           "chain of transformer blocks (on a UNet use deepcache)")
+    reuses: list[tuple[Branch, Reuse]] = []
     for branch in (branch for block in blocks for branch in block.branches):
-        reuse = _Reuse(patch.feature())
-        reuses.append(reuse)
+        reuse = Reuse(patch.slot)
+        reuses.append((branch, reuse))
         patch.around(branch.module, reuse.around)
         for feed in branch.feeds:
-            patch.around(feed, _Mute(reuse, getattr(feed, "out_features", None) or feed.out_dim).around)
+            patch.around(feed, Mute(reuse, feed).around)
 
     def decide(context: StepContext) -> None:
-        reuse = not (context.fresh or computes(context.i, context.steps, config.interval, config.count_from))
-        patch.skipping = reuse
-        for each in reuses:
-            each.reuse = reuse
-        patch.counts["reused" if reuse else "computed"] += len(reuses)
+        due = context.fresh or computes(context.i, context.steps, config.interval, config.count_from)
+        for branch, reuse in reuses:
+            reuse.reuse = reuse.ready and not due
+            patch.skips((branch.module, *branch.feeds) if reuse.reuse else ())
+            patch.counts["reused" if reuse.reuse else "computed"] += 1
+            patch.tally(reuse.reuse, 1)
 
     patch.each_call(decide)
-    return patch
+    return patch.on()

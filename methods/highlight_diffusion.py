@@ -7,10 +7,10 @@ which region the words hold on to, and keeps its noise. The partial steps after 
 the kept noise is used again. A list says how many partial steps follow each full one.
 
 Map
-    full step        noise kept, cross-attention maps read                    _Sampler, _Reader
+    full step        noise kept, cross-attention maps read                    _Reader, apply
     content words    the prompt's tokens but those the tokenizer calls special   _Words
     highlight        maps of the words, joined, scaled, cut, widened          highlight
-    partial step     the region's box through the network, noise composed     _Sampler
+    partial step     the region's box through the network, noise composed     methods._core.crop.Crop, apply
     schedule         partial steps between full ones, by phase of sampling    full_steps
 
 Departures
@@ -34,7 +34,6 @@ Example
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,12 +42,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from methods._core.attention import cross_map
-from methods._core.context import StepContext
-from methods._core.denoiser import Block, describe
-from methods._core.patch import TOKENS, Feature, Patch
+from methods._core.attention import mean_map
+from methods._core.cache import Slot
+from methods._core.context import Rewrite, StepContext
+from methods._core.crop import Crop
+from methods._core.denoiser import Block
+from methods._core.patch import Patch
+from methods._core.site import Claim
 
-__all__ = ["OFF", "Config", "apply", "full_steps", "highlight"]
+__all__ = ["OFF", "TINY", "Config", "apply", "full_steps", "highlight"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,7 @@ class Config:
 
 
 OFF = Config(partial=(0,))
+TINY = Config(threshold=0.8, widen=0, margin=0, words=(4,))      # what highlights something on random weights
 
 
 def full_steps(steps: int, partial: Sequence[int]) -> list[int]:
@@ -109,7 +112,7 @@ class _Words:
         encoder, tokenizer = (getattr(patch.pipe, name, None) for name in ("text_encoder", "tokenizer"))
         if not places and encoder is not None and tokenizer is not None:
             self.special = torch.tensor(tokenizer.all_special_ids)
-            patch.around(encoder, self.around)
+            patch.around(encoder, self.around, Claim.LOOK)
 
     def around(self, forward, input_ids: Tensor, *args, **kwargs):
         self.read.append(~torch.isin(input_ids, self.special.to(input_ids.device)))
@@ -133,54 +136,16 @@ class _Words:
 
 
 class _Reader:
-    """Forms the map (B, N, T) of one cross-attention on full steps."""
+    """Forms the map (B, N, T) of one cross-attention on full steps. The host sets `on`."""
 
-    def __init__(self, block: Block, feature: Feature):
-        self.block, self.map = block, feature
+    def __init__(self, block: Block, slot: Slot):
+        self.block, self.map = block, slot
         self.on = False
 
-    def around(self, forward, x: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):
+    def attend(self, product, q: Tensor, k: Tensor, v: Tensor, **more) -> Tensor:
         if self.on:
-            self.map.value = cross_map(self.block.cross, x, encoder_hidden_states, attention_mask)
-        return forward(x, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask, **kwargs)
-
-
-class _Sampler:
-    """Around the model. The host sets `box`, rows and columns of the latent to compute (None: all of it), and `mask`.
-
-    `step` is the side of a patch of a transformer, in cells of the latent.
-    """
-
-    def __init__(self, patch: Patch, noise: Feature, step: int):
-        self.run, self.noise, self.step = patch.run, noise, step
-        self.box: tuple[slice, slice] | None = None
-        self.mask: Tensor | None = None
-
-    def around(self, forward, *args, **kwargs):
-        if self.box is None:
-            result = forward(*args, **kwargs)
-            self.noise.value = result[0]
-            return result
-        inputs = self.run.inputs(args, kwargs)
-        name = "sample" if "sample" in inputs else "hidden_states"
-        self.whole = inputs[name]
-        result = forward(**inputs | {name: self.whole[..., self.box[0], self.box[1]]})
-        self.whole = None
-        out = self.noise.value.clone()
-        kept = out[..., self.box[0], self.box[1]]
-        out[..., self.box[0], self.box[1]] = torch.where(self.mask[:, None], result[0], kept)
-        if isinstance(result, tuple):
-            return out, *result[1:]
-        result.sample = out
-        return result
-
-    def embed(self, forward, latent: Tensor) -> Tensor:
-        """Around the patch embedding of a transformer, which would stretch its positions over the box."""
-        if self.box is None:
-            return forward(latent)
-        grid = [side // self.step for side in self.whole.shape[-2:]]
-        rows, columns = (slice(edge.start // self.step, edge.stop // self.step) for edge in self.box)
-        return forward(self.whole).unflatten(1, grid)[:, rows, columns].flatten(1, 2)
+            self.map.value = mean_map(q, k, **more)
+        return product(q, k, v, **more)
 
 
 def apply(target: Any, config: Config = Config()) -> Patch:
@@ -190,68 +155,56 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         target: a diffusers pipeline over a text-to-image model with cross-attention (a UNet or PixArt).
 
     Raises:
-        ValueError: no cross-attention over one image, a bare model, another patch inside the model, or already applied.
+        ValueError: no cross-attention over one image, a bare model, another crop, or already applied.
     """
-    patch = Patch(target, "highlight_diffusion", depth=TOKENS)
+    patch = Patch(target, "highlight_diffusion")
     if not any(config.partial):
         return patch
     patch.require_pipeline()
-    denoiser = describe(patch.model)
+    denoiser = patch.denoiser
     able = [b for b in denoiser.blocks if b.cross is not None] if not any(b.temporal for b in denoiser.blocks) else []
     blocks = patch.require(able, "cross-attention between one image and its text")
     level = max((b.level for b in blocks if b.level <= config.level), default=min(b.level for b in blocks))
-    readers = [_Reader(block, patch.feature()) for block in blocks if block.level == level]
-    step = denoiser.model.config.patch_size if not denoiser.unet else 2 ** max(
-        stage.number for stage in denoiser.unet if stage.side == "down")
-    sampler, words = _Sampler(patch, patch.feature(), step), _Words(patch, config.words)
-    masks = patch.feature()
-    patch.around(patch.model, sampler.around, closed=True)
-    if not denoiser.unet:
-        patch.around(patch.model.pos_embed, sampler.embed)
-    own = {id(reader.block.cross) for reader in readers}
+    readers = [_Reader(block, patch.slot()) for block in blocks if block.level == level]
+    crop, words, noise, masks = Crop(patch), _Words(patch, config.words), patch.slot(), patch.slot()
     for reader in readers:
-        patch.around(reader.block.cross, reader.around, closed=True)
-    patch.guard(module for module in denoiser.parts if id(module) not in own)            # they run at two sizes
+        patch.attend(reader.block.cross, reader.attend)
 
     def read(context: StepContext) -> None:
         """The mask (B, height, width) of the full step before, from the maps it left."""
-        height, width = denoiser.grid(context.inputs, readers[0].block)[1:]
-        maps = torch.stack([reader.map.value for reader in readers]).mean(0).mT.unflatten(2, (height, width))
+        grid = denoiser.grid(context.inputs, readers[0].block)[1:]
+        maps = torch.stack([reader.map.value for reader in readers]).mean(0).mT.unflatten(2, grid)
         for reader in readers:
             reader.map.value = None
-        size = tuple(context.sample.shape[-2:])
-        if context.guided:
-            maps = maps.chunk(2)[0 if denoiser.cond_first else 1]
+        maps = context.rows.take(maps, "cond")
         which = words.of(maps)
         if which is not None:
-            mask = highlight(maps, which, size, config.threshold, config.widen)
-            masks.value = mask.repeat(1 + context.guided, 1, 1)
+            mask = highlight(maps, which, tuple(context.sample.shape[-2:]), config.threshold, config.widen)
+            masks.value = mask.repeat(len(context.rows.parts), 1, 1)
+
+    def sample(context: StepContext) -> Rewrite | None:
+        """Partial step: the box around what is highlighted, into the noise of the step before."""
+        if context.i == context.call == 0:
+            words.begin(context)
+        due = noise.value is None or context.i in full_steps(context.steps, config.partial)
+        if not due and all(reader.map.value is not None for reader in readers):
+            read(context)
+        due = due or masks.value is None or not crop.place(context, masks.value.any(0), config.margin)
+        if due or crop.area > config.largest:
+            patch.tally(0, 1)
+            return Rewrite((context,), noise.keep)
+        patch.counts["partial"] += 1
+        patch.tally(1 - crop.area, 1)
+        mask = crop.window(masks.value)[:, None]
+        part = context.replace(crop.inputs(context), branch="crop")
+        return Rewrite((part,), lambda out: crop.paste(out, noise.get(), mask))
 
     def decide(context: StepContext) -> None:
-        if context.i == context.branch == 0:
-            words.begin(context)
-        due = context.fresh or sampler.noise.value is None or context.i in full_steps(context.steps, config.partial)
-        if not due and readers[0].map.value is not None:
-            read(context)
-        sampler.box = None if due or masks.value is None else _box(masks.value, step, config)
-        if sampler.box is not None:
-            sampler.mask = masks.value[:, sampler.box[0], sampler.box[1]]
-            patch.counts["partial"] += 1                     # full ones are not counted: a run of them alone is an idle one
         for reader in readers:
-            reader.on = sampler.box is None
+            reader.on = "crop" not in context.branch
 
+    patch.rewrite(sample, Claim.CROP)
     patch.each_call(decide)
-    return patch
-
-
-def _box(mask: Tensor, step: int, config: Config) -> tuple[slice, slice] | None:
-    """The box around all masks with its margin, on multiples of `step`; None if empty or too large."""
-    edges = []
-    for line in (mask.any(0).any(1), mask.any(0).any(0)):
-        found = line.nonzero()[:, 0].tolist()
-        if not found:
-            return None
-        first, last = max(0, found[0] - config.margin), min(len(line), found[-1] + 1 + config.margin)
-        edges.append(slice(first // step * step, min(len(line), math.ceil(last / step) * step)))
-    area = math.prod(edge.stop - edge.start for edge in edges) / mask[0].numel()
-    return None if area > config.largest else tuple(edges)
+    patch.explain(lambda: "no region smaller than the image was highlighted: no words are known, no map has a peak above "
+                          f"threshold={config.threshold}, its box is over largest={config.largest}, or the run is too short")
+    return patch.on()

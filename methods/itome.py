@@ -22,7 +22,7 @@ Departures
     which leaves cross-attention alone.
     Steps, layers, sizes and matching of the two official demos are the defaults of UNet and transformer.
     Without guidance there is no importance, and destinations come from a grid throughout, as in the first step; so too where
-    a model is called once for each guidance branch, which no pipeline of these models does.
+    a model is called once for each guidance branch, or by no pipeline, which alone could say which rows are which.
     The official demos switch fused attention off, so that their times compare with attention that is not fused.
     Transformers other than PixArt merge in the same middle half of their depth; Latte in its spatial blocks.
 
@@ -37,6 +37,7 @@ Example
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -48,11 +49,11 @@ from torch import Tensor
 from accel_kernels.cosine_match import cosine_match
 from accel_kernels.topk import topk_partition
 from methods._core.context import StepContext
-from methods._core.denoiser import Block, describe
-from methods._core.patch import TOKENS, Patch
-from methods._core.reduction import Reduction
-from methods._core.tokens import Plan, merge_plan
-from methods.tome import partition, reduction
+from methods._core.denoiser import Block, check_downsample
+from methods._core.patch import Patch
+from methods._core.reduction import Reduction, reduce_all
+from methods._core.site import Claim
+from methods._core.tokens import Plan, merge_plan, partition, reduction
 
 __all__ = ["OFF", "Config", "apply", "draw", "importance", "nearest_place", "sizes"]
 
@@ -84,20 +85,18 @@ class Config:
             raise ValueError(f"importance_from={self.importance_from} must be at least 1: the first step has no importance")
         if not 0 <= self.depth[0] < self.depth[1] <= 1:
             raise ValueError(f"depth={self.depth} must be an interval within [0, 1]")
-        if self.max_downsample not in (1, 2, 4, 8):
-            raise ValueError(f"max_downsample={self.max_downsample} must be 1, 2, 4 or 8")
+        check_downsample(self.max_downsample)
 
 
 OFF = Config(ratio=0.0)
 
 
-def importance(halves: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """|conditional - unconditional| of a model output (2B, C, [F,] H, W), mean over its first `channels`, the noise.
+def importance(cond: Tensor, null: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """|conditional - unconditional| of model outputs (B, C, [F,] H, W), mean over their first `channels`, the noise.
 
     Area-averaged to the token grid and flattened. -> (B, height * width), or (B * F, ...) for F frames
     """
-    first, second = halves.float().chunk(2)
-    maps = (first - second)[:, :channels].abs().mean(1).flatten(0, -3)
+    maps = (cond.float() - null.float())[:, :channels].abs().mean(1).flatten(0, -3)
     return F.interpolate(maps[:, None], size=(height, width), mode="area").flatten(1)
 
 
@@ -163,49 +162,36 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     Raises:
         ValueError: no such block, or positions enter inside the attention; too few sources for the ratio; already applied.
     """
-    patch = Patch(target, "itome", depth=TOKENS)
+    patch = Patch(target, "itome")
     if config.ratio == 0:
         return patch
-    denoiser = describe(patch.model)
+    denoiser = patch.denoiser
     preset = UNET if denoiser.unet else TRANSFORMER
     ratio, pool, importance_from, merge_from, places = (
         preset[name] if getattr(config, name) is None else getattr(config, name) for name in preset)
     low, high = (0, len(denoiser.blocks)) if denoiser.unet else (share * len(denoiser.blocks) for share in config.depth)
-    layers = [_Layer(block) for block in patch.require(
-        (b for b in denoiser.blocks if 2 ** b.level <= config.max_downsample and low <= b.index < high
-         and not b.temporal and not b.rotary),
-        f"self-attention without rotary positions at a downsampling of {config.max_downsample} or less")]
-    try:
-        sizes(1 << 20, ratio, config.destinations, pool)
-    except ValueError:
-        patch.remove()
-        raise
-    output = patch.feature()
-
-    def observe(forward, *args, **kwargs):
-        out = forward(*args, **kwargs)
-        output.value = out[0]
-        return out
-
-    patch.around(patch.model, observe)
+    layers = [_Layer(block) for block in patch.blocks_at(
+        config.max_downsample, lambda b: low <= b.index < high and not b.rotary, " without rotary positions")]
+    sizes(1 << 20, ratio, config.destinations, pool)
+    last = patch.slot()                                                            # output of the step before
+    patch.after_call(lambda context, output: last.keep(output))
     for layer in layers:
-        layer.wire(patch)
         if places and layer.block.cross is not None:
-            patch.around(layer.block.cross, layer.cross)
+            patch.around(layer.block.cross, layer.cross, Claim.TOKENS)
 
-    def prepare(context: StepContext) -> None:
-        halves = output.value if context.guided and context.i >= importance_from else None      # of the last step
+    def prepare(context: StepContext) -> Callable:
+        halves = last.get() if context.guided and context.i >= importance_from else None
         random = context.random(config.seed)
         drawn: dict[tuple, tuple] = {}
-        for layer in layers:
-            if not patch.reaches(layer.block.attn):
-                continue
-            grid = denoiser.grid(context.inputs, layer.block)
+
+        def ready(layer: _Layer, grid: tuple[int, int, int]) -> int:
             if grid not in drawn:
                 drawn[grid] = choose(context, grid, halves, random)
-            layer.tokens, (layer.match, layer.ready) = prod(grid), drawn[grid]
+            layer.match, layer.ready, r = drawn[grid]
             layer.reducer = Plan.drop if context.i < merge_from else Plan.reduce
             patch.counts["pruned" if context.i < merge_from else "merged"] += 1
+            return r
+        return ready
 
     def choose(context: StepContext, grid: tuple[int, int, int], halves: Tensor | None, random: torch.Generator) -> tuple:
         tokens, sample, copies = prod(grid), context.sample, 1
@@ -215,14 +201,14 @@ def apply(target: Any, config: Config = Config()) -> Patch:
             forced = torch.zeros(1, 1, device=sample.device)
         else:
             r, D, M = sizes(tokens, ratio, config.destinations, pool)
-            dst, src, below = draw(importance(halves, sample.shape[1], *grid[1:]), D, M, random)
-            forced, copies = below * FORCE, 2
+            null, cond = (halves[context.rows.of(part)] for part in ("null", "cond"))
+            dst, src, below = draw(importance(cond, null, sample.shape[1], *grid[1:]), D, M, random)
+            forced, copies = below * FORCE, len(context.rows.parts)
         if not places:
-            return tuple(each.repeat(copies, 1) for each in (src, dst, forced)) + (r,), None
+            return tuple(each.repeat(copies, 1) for each in (src, dst, forced)) + (r,), None, r
         score, into = nearest_place(src, dst, grid[2])
         score = score + forced + 1e-5 * torch.rand(score.shape, generator=random).to(score.device)      # which breaks ties
         score, into, src, dst = (each.repeat(copies, 1) for each in (score, into, src, dst))
-        return None, merge_plan(score, into, src, dst, r, sample[:, 0].flatten(0, -3).shape[0])
+        return None, merge_plan(score, into, src, dst, r, sample[:, 0].flatten(0, -3).shape[0]), r
 
-    patch.each_call(prepare)
-    return patch
+    return reduce_all(patch, layers, prepare)

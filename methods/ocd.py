@@ -8,9 +8,9 @@ crop of its own, step by step, and the background in steps several times as long
 attention, keys and values are merged, and what is merged comes from the background first.
 
 Map
-    object-centric sampling   crop in every step, whole frame in each phi-th      _Sampler
+    object-centric sampling   crop in every step, whole frame in each phi-th      apply
     high-noise phase          the first (1 - gamma) N steps                       apply
-    recombination             the crop's noise in the mask, the frame's outside   _Sampler
+    recombination             the crop's noise in the mask, the frame's outside   methods._core.crop.Crop
     object-centric merging    similarity of foreground sources times eta          weighted
     merging                   keys and values only, every query keeps its output  _Merge
 
@@ -42,8 +42,8 @@ Example
 """
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -51,12 +51,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accel_kernels.cosine_match import cosine_match
-from methods._core.attention import leave, qkv
-from methods._core.context import StepContext
-from methods._core.denoiser import Block, Denoiser, describe
-from methods._core.patch import TOKENS, Patch
-from methods._core.tokens import merge_plan
-from methods.tome import partition, reduction
+from methods._core.attention import unmasked
+from methods._core.context import Rewrite, StepContext
+from methods._core.crop import Crop
+from methods._core.denoiser import Block
+from methods._core.patch import Patch
+from methods._core.site import Claim
+from methods._core.tokens import Plan, merge_plan, partition, reduction
 
 __all__ = ["OFF", "Config", "apply", "foreground", "weighted"]
 
@@ -87,8 +88,6 @@ class Config:
 
 
 OFF = Config(phi=1, ratio=0.0)
-RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals",
-             "block_controlnet_hidden_states", "controlnet_block_samples", "controlnet_single_block_samples")
 
 
 def foreground(config: Config, frames: int, height: int, width: int) -> Tensor:
@@ -108,153 +107,38 @@ def weighted(cosine: Tensor, fore: Tensor, eta: float) -> Tensor:
 
 
 class _Merge:
-    """One self-attention with merged keys and values. The host fills in a partition for the whole frame and one for the crop;
-    `part` says which is in use."""
+    """One self-attention with merged keys and values. The host sets `cut`: sources, destinations, which sources are foreground,
+    and how many merge, or None."""
 
     def __init__(self, block: Block, eta: float):
         self.block, self.eta = block, eta
-        self.parts: dict[str, tuple[Tensor, Tensor, Tensor, int]] = {}         # src, dst, foreground sources, r
-        self.part = "frame"
+        self.cut: tuple[Tensor, Tensor, Tensor, int] | None = None
+        self.plan: Plan | None = None
 
-    def around(self, forward, hidden_states: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
-        if self.part not in self.parts or not self.parts[self.part][3]:
-            return forward(hidden_states, *args, **kwargs)
-        src, dst, fore, r = self.parts[self.part]
-        tokens = len(src) + len(dst)
-        cosine, into = cosine_match(hidden_states[:, hidden_states.shape[1] - tokens:], src, dst)
-        plan = merge_plan(weighted(cosine, fore, self.eta), into, src, dst, r)
-        q, k, v = qkv(self.block.attn, hidden_states, *args, **kwargs)
-        words = q.shape[2] - tokens
+    def wire(self, patch: Patch) -> None:
+        patch.around(self.block.attn, self.match, Claim.INSIDE)
+        patch.attend(self.block.attn, self.attend)
+
+    def match(self, forward, hidden_states: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
+        self.plan = None
+        if self.cut is not None:
+            src, dst, fore, r = self.cut
+            cosine, into = cosine_match(hidden_states[:, hidden_states.shape[1] - len(src) - len(dst):], src, dst)
+            self.plan = merge_plan(weighted(cosine, fore, self.eta), into, src, dst, r)
+        return forward(hidden_states, *args, **kwargs)
+
+    def attend(self, product, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **more) -> Tensor:
+        if self.plan is None:
+            return product(q, k, v, attn_mask=attn_mask, **more)
+        unmasked(attn_mask)
+        plan, self.plan = self.plan, None
 
         def short(x: Tensor) -> Tensor:
-            rows = plan.reduce(x[:, :, words:].transpose(1, 2).flatten(2))
-            return torch.cat([x[:, :, :words], rows.unflatten(2, (x.shape[1], -1)).transpose(1, 2)], 2)
+            image, text = self.block.parted(x, plan.segments.source.shape[1])
+            rows = plan.reduce(image.transpose(1, 2).flatten(2))
+            return self.block.joined(rows.unflatten(2, (x.shape[1], -1)).transpose(1, 2), text)
 
-        out = F.scaled_dot_product_attention(q, short(k), short(v))
-        return leave(self.block.attn, out, words if self.block.stream == "joint" else 0)
-
-
-class _Sampler:
-    """Around the model: the crop's noise inside the mask, and outside the noise of the whole frame, kept for phi steps.
-
-    The host sets `crop`, rows and columns of the object (None: whole frame only), in cells of the latent or, where that is a
-    sequence, of its `grid`; `inside`, where in the crop the object is; `tokens`, positions of the crop in the token grid; and
-    `frame`, whether this call computes the whole frame.
-    """
-
-    def __init__(self, patch: Patch, merges: list[_Merge]):
-        self.run, self.feature, self.merges = patch.run, patch.feature(), merges
-        self.crop: tuple[slice, slice] | None = None
-        self.grid: tuple[int, int] = (0, 0)
-        self.inside = self.tokens = None
-        self.frame = True
-
-    def around(self, forward, *args, **kwargs):
-        if self.crop is None:
-            return forward(*args, **kwargs)
-        inputs = self.run.inputs(args, kwargs)
-        cut = self.cut(inputs)                                    # before the frame: a UNet empties its list of residuals
-        if self.frame:
-            self.feature.value = forward(**inputs)[0]
-        for merge in self.merges:
-            merge.part = "crop"
-        result = forward(**cut)
-        for merge in self.merges:
-            merge.part = "frame"
-        out, part = self.planes(self.feature.value, self.grid), self.planes(result[0], self.inside.shape[-2:])
-        out = out.clone()
-        out[..., self.crop[0], self.crop[1]] = torch.where(self.inside, part, out[..., self.crop[0], self.crop[1]])
-        out = out if self.feature.value.ndim > 3 else out.flatten(2).mT
-        if isinstance(result, tuple):
-            return out, *result[1:]
-        result.sample = out
-        return result
-
-    def embed(self, forward, *inputs: Tensor) -> Tensor:
-        """Around the patch embedding, called with x or with text and x: the crop's tokens get their positions in the frame."""
-        *text, x = inputs
-        if self.crop is None or x.shape[-2:] == self.grid:
-            return forward(*inputs)
-        rows, columns = self.crop
-        whole = F.pad(x, (columns.start, self.grid[1] - columns.stop, rows.start, self.grid[0] - rows.stop))
-        out, words = forward(*text, whole), sum(each.shape[1] for each in text)
-        return torch.cat([out[:, :words], out[:, words:][:, self.tokens]], 1)
-
-    def window(self, x: Tensor) -> Tensor:
-        """The crop of x (..., height, width), which may be coarser than the frame."""
-        edges = zip(self.crop, x.shape[-2:], self.grid, strict=True)
-        rows, columns = (slice(edge.start * n // size, edge.stop * n // size) for edge, n, size in edges)
-        return x[..., rows, columns]
-
-    def planes(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """(..., height, width): a latent as it is, a sequence (B, N, C) laid out on its grid."""
-        return x if x.ndim > 3 else x.mT.unflatten(2, size)
-
-    def cut(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The inputs of the model for the crop: latent, residuals, and positions where they are given from outside."""
-        def part(x: Tensor) -> Tensor:
-            return self.window(x) if x.ndim > 3 else x[:, self.tokens]
-
-        name = "sample" if "sample" in inputs else "hidden_states"
-        cut = {name: part(inputs[name])}
-        for name in RESIDUALS:
-            if (given := inputs.get(name)) is not None:
-                cut[name] = part(given) if torch.is_tensor(given) else [part(each) for each in given]
-        if inputs.get("img_ids") is not None:
-            cut["img_ids"] = inputs["img_ids"][..., self.tokens, :]
-        if inputs.get("image_rotary_emb") is not None:
-            cut["image_rotary_emb"] = tuple(each[self.tokens.to(each.device)] for each in inputs["image_rotary_emb"])
-        return inputs | cut
-
-
-def apply(target: Any, config: Config = Config()) -> Patch:
-    """Sample the object in a crop and the background in longer steps; merge keys and values, background first.
-
-    Args:
-        target: a diffusers pipeline; with `phi=1` also a bare model.
-
-    Raises:
-        ValueError: a bare model (the phases need the number of steps), another patch inside the model, or already applied.
-    """
-    patch = Patch(target, "ocd", depth=TOKENS)
-    if config.phi == 1 and config.ratio == 0:
-        return patch
-    denoiser = describe(patch.model)
-    merges = [_Merge(block, config.eta) for block in denoiser.blocks if not block.temporal]
-    sampler = _Sampler(patch, merges)
-    if config.phi > 1:
-        patch.require_pipeline()
-        patch.around(patch.model, sampler.around, closed=True)
-        own = {id(merge.block.attn) for merge in merges}
-        name = {"unet": None, "flux": None, "cogvideox": "patch_embed"}.get(denoiser.family, "pos_embed")
-        if name:
-            patch.around(getattr(patch.model, name), sampler.embed)
-        patch.guard(module for module in denoiser.parts if id(module) not in own)        # they run at two sizes
-    for merge in merges:
-        patch.around(merge.block.attn, merge.around, closed=True)
-
-    def decide(context: StepContext) -> None:
-        noisy = config.phi > 1 and context.i < int(round((1 - config.gamma) * context.steps, 9))
-        sampler.crop = None
-        if noisy:
-            _place(sampler, denoiser, config, context)
-        sampler.frame = sampler.crop is None or context.i % config.phi == 0 or sampler.feature.value is None
-        patch.counts["crops"] += sampler.crop is not None
-        patch.counts["frames"] += sampler.frame
-        inputs = {"frame": context.inputs} if sampler.frame else {}
-        if sampler.crop is not None:
-            inputs["crop"] = sampler.cut(context.inputs)
-        for merge in merges:
-            merge.part = "frame"
-            fore = foreground(config, *denoiser.grid(context.inputs, merge.block))
-            grids = {part: denoiser.grid(given, merge.block) for part, given in inputs.items()}
-            merge.parts = {
-                part: _partition(grid, fore if part == "frame" else sampler.window(fore), config, context.sample.device)
-                for part, grid in grids.items() if min(grid[1:]) >= config.stride}               # else no cell fits
-            patch.counts["merged"] += sum(part[3] > 0 for part in merge.parts.values())
-
-    patch.each_call(decide)
-    return patch
+        return product(q, short(k), short(v), **more)
 
 
 def _partition(grid: tuple[int, int, int], fore: Tensor, config: Config,
@@ -265,27 +149,66 @@ def _partition(grid: tuple[int, int, int], fore: Tensor, config: Config,
     return src.to(device), dst.to(device), fore.flatten()[src].to(device), r
 
 
-def _place(sampler: _Sampler, denoiser: Denoiser, config: Config, context: StepContext) -> None:
-    """The crop around the object, its sides on multiples of what the model can take; None if that is the whole frame."""
-    x, block = context.sample, denoiser.blocks[0]
-    frames, rows, columns = denoiser.grid(context.inputs, block)
-    if x.ndim == 3:
-        height, width, step, count = rows, columns, 1, 1
-    else:
-        height, width = x.shape[-2:]
-        step = 2 ** max(s.number for s in denoiser.unet if s.side == "down") if denoiser.unet else height // rows
-        axis = {"cogvideox": 1, "latte": 2}.get(denoiser.family)
-        count = 1 if axis is None else x.shape[axis]
-    inside = foreground(config, count, height, width)
-    edges = []
-    for line, size in ((inside.any(0).any(1), height), (inside.any(0).any(0), width)):
-        found = line.nonzero()[:, 0]
-        first, last = (int(found[0]), int(found[-1]) + 1) if len(found) else (0, 1)
-        edges.append(slice(first // step * step, min(size, math.ceil(last / step) * step)))
-    if all(edge == slice(0, size) for edge, size in zip(edges, (height, width), strict=True)):
-        return
-    sampler.crop, sampler.grid = tuple(edges), (height, width)
-    inside = sampler.window(inside)
-    sampler.inside = (inside[:, None] if denoiser.family == "cogvideox" else inside).to(x.device)
-    places = torch.arange(frames * rows * columns).view(frames, rows, columns)
-    sampler.tokens = sampler.window(places).flatten().to(x.device)
+def apply(target: Any, config: Config = Config()) -> Patch:
+    """Sample the object in a crop and the background in longer steps; merge keys and values, background first.
+
+    Args:
+        target: a diffusers pipeline; with `phi=1` also a bare model.
+
+    Raises:
+        ValueError: a bare model (the phases need the number of steps), another crop or reduction, or already applied.
+    """
+    patch = Patch(target, "ocd")
+    if config.phi == 1 and config.ratio == 0:
+        return patch
+    denoiser = patch.denoiser
+    if config.phi > 1:
+        patch.require_pipeline()
+        crop, frame = Crop(patch), patch.slot()
+    merges = [_Merge(block, config.eta) for block in denoiser.blocks if not block.temporal]
+    for merge in merges if config.ratio else ():
+        merge.wire(patch)
+
+    wholes: list[tuple[int, int, int]] = []                     # grids of the frame whose crop is called
+
+    def sample(context: StepContext) -> Rewrite | None:
+        """Object-centric sampling: the crop in every step of the high-noise phase, the whole frame in each phi-th."""
+        if context.i >= int(round((1 - config.gamma) * context.steps, 9)):
+            return None
+        x, axis = context.sample, denoiser.frame_axis
+        wholes[:] = [denoiser.grid(context.inputs, merge.block) for merge in merges]
+        height, width = x.shape[-2:] if x.ndim > 3 else wholes[0][1:]
+        inside = foreground(config, 1 if axis is None else x.shape[axis], height, width)
+        if not crop.place(context, inside.any(0)):
+            return None
+        mask = crop.window(inside)
+        mask = (mask[:, None] if axis == 1 else mask).to(x.device)
+        due = context.i % config.phi == 0 or frame.value is None
+        part = context.replace(crop.inputs(context), branch="crop")
+        left = (1 - due - crop.area) * sum(map(prod, wholes))
+        patch.tally(left, left)
+        patch.counts["crops"] += 1
+        if not due:
+            return Rewrite((part,), lambda out: crop.paste(out, frame.get(), mask))
+        whole = context.replace({}, branch="frame")
+        return Rewrite((whole, part), lambda out, inner: crop.paste(inner, frame.keep(out), mask))
+
+    def place(context: StepContext) -> None:
+        cropped = "crop" in context.branch
+        patch.counts["frames"] += not cropped
+        for number, merge in enumerate(merges):
+            grid, merge.cut = denoiser.grid(context.inputs, merge.block), None
+            if config.ratio and min(grid[1:]) >= config.stride:                           # else no cell fits
+                fore = foreground(config, *(wholes[number] if cropped else grid))
+                merge.cut = _partition(grid, crop.window(fore) if cropped else fore, config, context.sample.device)
+            if patch.reaches(merge.block.attn):
+                r = merge.cut[3] if merge.cut else 0
+                patch.counts["merged"] += r > 0
+                patch.tally(r if len(context.branch) == 1 else 0, prod(grid))      # little beside a crop and its frame
+
+    if config.phi > 1:
+        patch.rewrite(sample, Claim.CROP)
+    patch.each_call(place)
+    patch.explain(lambda: "the object fills the frame, and its grids are too small for a cell" if config.ratio else
+                  "the object fills the frame")
+    return patch.on()

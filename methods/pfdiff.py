@@ -41,9 +41,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from methods._core.context import StepContext
-from methods._core.denoiser import describe
+from methods._core.context import Rewrite, StepContext
 from methods._core.patch import Patch
+from methods._core.site import Claim
 from methods._core.solver import grid_class
 
 __all__ = ["OFF", "Config", "Jump", "apply", "jumps"]
@@ -100,20 +100,22 @@ class _Solver:
         self.path = jumps(len(self.grid.timesteps), self.config.k, self.config.h)
         self.grid.thin(scheduler, [jump.start for jump in self.path])
 
-    def substitute(self, context: StepContext) -> dict[str, Any]:
+    def substitute(self, context: StepContext) -> Rewrite | None:
         """Past and future: before the model runs, move its latent and its timestep to where the future score is taken."""
         self.jump = self.path[len(self.path) - context.steps + context.i]
-        if context.branch == 0:
+        if context.call == 0:
             self.patch.counts["evaluations"] += 1
+            self.patch.tally(self.jump.to - self.jump.start - 1, self.jump.to - self.jump.start)
         if self.past is None or self.jump.at == self.jump.start:
-            return {}
+            return None
         if context.sample.shape[1:] != self.past.shape[1:]:
             raise ValueError(f"pfdiff needs the latent alone, {tuple(self.past.shape[1:])}, as the model's input, not "
                              f"{tuple(context.sample.shape[1:])}")
-        name = "sample" if "sample" in context.inputs else "hidden_states"
-        t = self.grid.timesteps[self.jump.at] / describe(self.patch.model).timestep_scale
-        given = torch.as_tensor(context.timestep)
-        return {name: self.springboard(context.sample), "timestep": t.to(given).expand(given.shape)}
+        denoiser, t = context.denoiser, self.grid.timesteps[self.jump.at]
+        given = torch.as_tensor(context.inputs[denoiser.time])
+        moved = {denoiser.latent: self.springboard(context.sample),
+                 denoiser.time: (t / denoiser.timestep_scale).to(given).expand(given.shape)}
+        return Rewrite((context.replace(moved, t=float(t)),), lambda out: out)
 
     def springboard(self, x: Tensor) -> Tensor:
         past = self.past.repeat(len(x) // len(self.past), *[1] * (x.ndim - 1))          # both guidance halves alike
@@ -150,12 +152,9 @@ def apply(pipe: Any, config: Config = Config()) -> Patch:
     if config.k == 0:
         return patch
     patch.require_pipeline()
-    try:
-        grid_class(patch.pipe.scheduler)
-        solver = _Solver(patch, config)
-        patch.solve(solver)
-        patch.each_call(solver.substitute)
-    except ValueError:
-        patch.remove()
-        raise
-    return patch
+    grid_class(patch.pipe.scheduler)
+    solver = _Solver(patch, config)
+    patch.solve(solver)
+    patch.rewrite(solver.substitute, Claim.SOLVER)
+    patch.explain(lambda: "a grid of two steps leaves nothing to jump over")
+    return patch.on()

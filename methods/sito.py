@@ -37,6 +37,7 @@ Example
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -48,10 +49,10 @@ from accel_kernels.cosine_match import cosine_match
 from accel_kernels.similarity_sum import similarity_sum
 from accel_kernels.topk import topk_partition
 from methods._core.context import StepContext
-from methods._core.denoiser import Block, describe
-from methods._core.patch import TOKENS, Patch
-from methods._core.reduction import Reduction
-from methods._core.tokens import Plan, join_plan, joined, merge_plan
+from methods._core.denoiser import Block, check_downsample
+from methods._core.patch import Patch
+from methods._core.reduction import Reduction, reduce_all
+from methods._core.tokens import Plan, join_plan, joined, merge_plan, reduction
 
 __all__ = ["OFF", "Config", "apply", "base_tokens", "prune_plan"]
 
@@ -73,8 +74,7 @@ class Config:
             raise ValueError(f"stride={self.stride} must be at least 1")
         if self.recover_from not in ("kept", "base"):
             raise ValueError(f"recover_from={self.recover_from!r} must be 'kept' or 'base'")
-        if self.max_downsample not in (1, 2, 4, 8):
-            raise ValueError(f"max_downsample={self.max_downsample} must be 1, 2, 4 or 8")
+        check_downsample(self.max_downsample)
 
 
 OFF = Config(ratio=0.0)
@@ -108,7 +108,7 @@ def prune_plan(x: Tensor, base: Tensor, ratio: float, recover_from: str = "kept"
     mask = torch.zeros(x.shape[:2], device=x.device).scatter_(1, base, 1.0)
     base, others = topk_partition(mask, D)
     score, into = cosine_match(x, others, base)
-    P = min(int(ratio * N), N - D)
+    P = reduction(N, D, ratio)
     if recover_from == "base" or P == N - D:
         return merge_plan(score, into, others, base, P, batch)
     moved, rest = topk_partition(score, P)                                     # columns of `others`
@@ -142,24 +142,19 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     Raises:
         ValueError: no such block (SDXL has none at full resolution: use `max_downsample=2`); or already applied.
     """
-    patch = Patch(target, "sito", depth=TOKENS)
+    patch = Patch(target, "sito")
     if config.ratio == 0:
         return patch
-    denoiser = describe(patch.model)
-    blocks = patch.require((b for b in denoiser.blocks if 2 ** b.level <= config.max_downsample and not b.temporal),
-                           f"self-attention at a downsampling of {config.max_downsample} or less")
-    layers = [Reduction(block, _Pruning(block, config), Plan.drop) for block in blocks]
-    for layer in layers:
-        layer.wire(patch)
 
-    def draw(context: StepContext) -> None:
+    def prepare(context: StepContext) -> Callable:
         random = context.random(config.seed)
-        for layer in layers:
-            if patch.reaches(layer.block.attn):
-                layer.planner.grid = denoiser.grid(context.inputs, layer.block)
-                layer.tokens = prod(layer.planner.grid)
-                layer.planner.noise = torch.randn(layer.tokens, generator=random).to(context.sample.device)
-                patch.counts["pruned"] += 1
 
-    patch.each_call(draw)
-    return patch
+        def ready(layer: Reduction, grid: tuple[int, int, int]) -> int:
+            layer.planner.grid = grid
+            layer.planner.noise = torch.randn(prod(grid), generator=random).to(context.sample.device)
+            patch.counts["pruned"] += 1
+            return reduction(prod(grid), grid[0] * (grid[1] // config.stride) * (grid[2] // config.stride), config.ratio)
+        return ready
+
+    layers = [Reduction(block, _Pruning(block, config), Plan.drop) for block in patch.blocks_at(config.max_downsample)]
+    return reduce_all(patch, layers, prepare)

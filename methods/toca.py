@@ -7,7 +7,7 @@ the few tokens where a stale value hurts most: those that many others attend to,
 and the most important one of every small cell of the image. Their rows replace the old ones in the cache.
 
 Map
-    score s1       influence: column sums of the self-attention map      methods._core.attention.attend
+    score s1       influence: column sums of the self-attention map      methods._core.attention.with_mass
     score s2       control: entropy of the cross-attention               entropy
     score s3       staleness: steps since a token was renewed            select
     score s4       spatial spread: a bonus for the best of each cell     spread
@@ -49,10 +49,11 @@ from torch import Tensor
 
 from accel_kernels.rows import gather_rows, scatter_rows
 from accel_kernels.topk import topk_partition
-from methods._core.attention import attend, cross_map
+from methods._core.attention import mean_map, with_mass
+from methods._core.cache import Slot, of_any_length
 from methods._core.context import StepContext
-from methods._core.denoiser import Block, Branch, describe
-from methods._core.patch import Feature, Patch
+from methods._core.denoiser import Block, Branch
+from methods._core.patch import Patch
 
 __all__ = ["OFF", "Config", "apply", "entropy", "fresh_ratio", "full_steps", "select", "spread"]
 
@@ -166,19 +167,18 @@ def select(importance: Tensor, stale: Tensor, k: int, interval: int, weight: flo
     return topk_partition(score, k)[0]
 
 
-@dataclass
 class _Scores:
     """What ranks the tokens of one block, renewed on full steps: the mass of its self-attention or the entropy of its
     cross-attention, (B, N) each."""
 
-    mass: Feature
-    entropy: Feature
-    guided: bool = False
+    def __init__(self, mass: Slot, entropy: Slot):
+        self.mass, self.entropy = mass, entropy
+        self.guided = False
 
-    def importance(self, tokens: int, text: bool) -> Tensor:
-        """Scores of `tokens` tokens scaled to unit length: the first of the sequence for text, else the last. -> (B, tokens)"""
+    def importance(self, block: Block, tokens: int, text: bool) -> Tensor:
+        """Scores of `tokens` tokens, the text's or the image's, scaled to unit length. -> (B, tokens)"""
         score = self.mass.value if self.entropy.value is None else 1 + self.entropy.value
-        score = score[:, :tokens] if text else score[:, score.shape[1] - tokens:]
+        score = block.parted(score, score.shape[1] - tokens if text else tokens, 1)[text]
         return score / score.norm(dim=1, keepdim=True)
 
 
@@ -188,27 +188,33 @@ class _Branch:
     The host sets `full` and, before each partial step, `index`; None renews nothing.
     """
 
-    def __init__(self, block: Block, branch: Branch, features: tuple[Feature, Feature], scores: _Scores, depth: float):
+    def __init__(self, block: Block, branch: Branch, slots: tuple[Slot, Slot], scores: _Scores, depth: float):
         self.block, self.branch, self.scores, self.depth = block, branch, scores, depth
-        self.feature, self.stale = features
+        self.slot, self.stale = slots
         self.full, self.index = True, None
-        self.scored = branch.name == "cross"       # its entropy is the block's score
+
+    def wire(self, patch: Patch, scored: bool) -> None:
+        patch.around(self.branch.module, self.total if self.branch.feeds else self.around)
+        if scored and self.branch.name == "cross":                # its entropy is the block's score
+            patch.attend(self.branch.module, self.measure)
+        for feed in self.branch.feeds:
+            if feed is not self.block.attn:
+                patch.around(feed, self.feed)
 
     def around(self, forward, x: Tensor, *args, **kwargs) -> Tensor:
         if self.full:
-            self.feature.value = forward(x, *args, **kwargs)
-            if self.scored:
-                self.scores.entropy.value = self.measure(x, **kwargs)
-        elif self.index is not None:
-            rows = gather_rows(x, self.index)
-            self.feature.value = scatter_rows(self.feature.value, self.index, forward(rows, *args, **kwargs))
-            if self.scored:
-                renewed = self.measure(rows, **kwargs)
-                self.scores.entropy.value = self.scores.entropy.value.scatter(1, self.index, renewed)
-        return self.feature.value
+            return self.slot.keep(forward(x, *args, **kwargs))
+        return self.slot.get() if self.index is None else self.written(forward(gather_rows(x, self.index), *args, **kwargs))
 
-    def measure(self, x: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None, **_) -> Tensor:
-        return entropy(cross_map(self.branch.module, x, encoder_hidden_states, attention_mask), self.scores.guided)
+    def written(self, rows: Tensor) -> Tensor:
+        return self.slot.keep(scatter_rows(self.slot.get(), self.index, rows))
+
+    def measure(self, product, q: Tensor, k: Tensor, v: Tensor, **more) -> Tensor:
+        """At the product of a cross-attention: the entropy of its map, of all rows or of those that are renewed."""
+        value = entropy(mean_map(q, k, **more), self.scores.guided)
+        old = self.scores.entropy
+        old.value = value if self.full else old.value.scatter(1, self.index, value)
+        return product(q, k, v, **more)
 
     def chosen(self, x: Tensor) -> Tensor:
         """The rows of x (B, N, C) this step renews."""
@@ -221,10 +227,8 @@ class _Branch:
     def total(self, forward, x: Tensor) -> Tensor:
         """The output of a Flux single block; x joins attention and MLP of all tokens, or of the chosen ones."""
         if self.full:
-            self.feature.value = forward(x)
-        elif self.index is not None:
-            self.feature.value = scatter_rows(self.feature.value, self.index, forward(x))
-        return self.feature.value
+            return self.slot.keep(forward(x))
+        return self.slot.get() if self.index is None else self.written(forward(x))
 
 
 class _Attention:
@@ -233,18 +237,43 @@ class _Attention:
     In a Flux single block, whose output `total` is cached behind it, only the rows that block renews are handed on.
     """
 
-    def __init__(self, block: Block, feature: Feature, scores: _Scores | None, total: _Branch | None):
-        self.attn, self.feature, self.scores, self.total = block.attn, feature, scores, total
+    def __init__(self, block: Block, slot: Slot, scores: _Scores, total: _Branch | None):
+        self.block, self.slot, self.scores, self.total = block, slot, scores, total
         self.full = True
 
     def around(self, forward, *args, **kwargs):
-        if not self.full:
-            return self.feature.value if self.total is None else self.total.chosen(self.feature.value)
-        if self.scores is None:
-            self.feature.value = forward(*args, **kwargs)
-        else:
-            self.feature.value, self.scores.mass.value = attend(self.attn, *args, **kwargs)
-        return self.feature.value
+        if self.full:
+            return self.slot.keep(forward(*args, **kwargs))
+        return self.slot.get() if self.total is None else self.total.chosen(self.slot.get())
+
+    def measure(self, product, q: Tensor, k: Tensor, v: Tensor, **more) -> Tensor:
+        out, self.scores.mass.value = with_mass(q, k, v, **more)
+        return out
+
+
+def _tokens(branch: _Branch) -> int:
+    return branch.slot.value.shape[1]
+
+
+def _wire(patch: Patch, blocks: list[Block], schedule: str, scored: bool) -> tuple[list[_Attention], list[_Branch]]:
+    """Put the two kinds of hook on every block; blocks with cross-attention are scored by its entropy, others by mass."""
+    attentions, branches = [], []
+    streams = {stream: [b for b in blocks if b.stream == stream and not b.temporal] for stream in ("image", "joint", "fused")}
+    for block in blocks:
+        scores = _Scores(patch.slot(), patch.slot())
+        place = next((i for i, b in enumerate(streams[block.stream]) if b is block), block.index // 2)
+        depth = place / (27 if schedule == "flux" else max(1, len(streams[block.stream]) - 1))
+        total = None
+        for branch in block.branches:
+            if branch.module is not block.attn:
+                branches.append(_Branch(block, branch, (patch.slot(), patch.slot()), scores, depth))
+                branches[-1].wire(patch, scored)
+                total = branches[-1] if branch.feeds else None
+        attentions.append(_Attention(block, patch.slot(), scores, total))
+        patch.around(block.attn, attentions[-1].around)
+        if scored and block.cross is None:
+            patch.attend(block.attn, attentions[-1].measure)
+    return attentions, branches
 
 
 def apply(target: Any, config: Config = Config()) -> Patch:
@@ -260,7 +289,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     if config.interval == 1:
         return patch
     patch.require_pipeline()
-    denoiser = describe(patch.model)
+    denoiser = patch.denoiser
     blocks = patch.require(denoiser.blocks if denoiser.family in FAMILIES else (), f"blocks of {', '.join(FAMILIES)}")
     schedule = FAMILIES[denoiser.family] if config.schedule == "auto" else config.schedule
     bonus, cell = SPREAD.get(schedule, (0.0, 1))
@@ -269,69 +298,43 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     plan: dict[int, bool] = {}
 
     def decide(context: StepContext) -> None:
+        if any(block.chunked for block in blocks):
+            raise RuntimeError("toca computes rows of whole sequences: switch forward chunking off")
         if context.i == 0:
             plan.clear()
             plan.update(full_steps(context.steps, config.interval, schedule, adaptive=config.fresh > 0))
-        full = context.fresh or context.i in plan
-        deep = full and (context.fresh or plan[context.i] or not config.per_block_decision)
-        patch.skipping = not full
+        empty = any(each.slot.value is None for each in (*attentions, *branches))
+        full = empty or context.i in plan
+        deep = full and (empty or plan[context.i] or not config.per_block_decision)
         for attention in attentions:
             attention.full = full if attention is attentions[0] else deep
+            patch.skips(() if attention.full else (attention.block.attn,))
+            patch.tally(not attention.full, 1)
         for branch in branches:
             branch.full = full if branch.block.index == 0 else deep
             branch.scores.guided = context.guided
             if branch.full:
                 branch.stale.value = branch.index = None
             else:
-                choose(branch, context)
+                branch.index = choose(branch, context)
+            patch.tally(0 if branch.full else 1 - (0 if branch.index is None else branch.index.shape[1]) / _tokens(branch), 1)
         patch.counts["full" if full else "partial"] += 1
 
-    def choose(branch: _Branch, context: StepContext) -> None:
-        value = branch.feature.value
-        tokens = value.shape[1]
+    def choose(branch: _Branch, context: StepContext) -> Tensor | None:
+        """Which rows (B, k) a branch renews; counts how long the others have waited."""
+        value, tokens, index = branch.slot.value, _tokens(branch), None
+        stale = torch.zeros(value.shape[:2], device=value.device) if branch.stale.value is None else branch.stale.value
         ratio = fresh_ratio(schedule, config.fresh, context.i, context.steps, branch.depth, branch.branch.name)
-        k = math.floor(ratio * tokens)
-        stale = branch.stale.value
-        stale = torch.zeros(value.shape[:2], device=value.device) if stale is None else stale
-        branch.index = None
-        if k:
+        if k := math.floor(ratio * tokens):
             frames, height, width = denoiser.grid(context.inputs, branch.block)
             flat = bonus and frames == 1 and tokens == height * width
-            text = branch.branch.name == "ff_context"
-            importance = branch.scores.importance(tokens, text)
+            importance = branch.scores.importance(branch.block, tokens, branch.branch.name == "ff_context")
             cells = (height, width, cell, bonus) if flat else None
-            index = select(importance, stale, k, config.interval, config.staleness, cells)
-            branch.index = index.clone(memory_format=torch.contiguous_format)
-            torch._dynamo.maybe_mark_dynamic(branch.index, 1)           # k changes with every step: compile it once
+            index = of_any_length(select(importance, stale, k, config.interval, config.staleness, cells))
             patch.counts["rows"] += k
-        stale = stale + 1
-        branch.stale.value = stale if branch.index is None else stale.scatter(1, branch.index, 0.0)
+        branch.stale.value = stale + 1 if index is None else (stale + 1).scatter(1, index, 0.0)
+        return index
 
     patch.each_call(decide)
-    return patch
-
-
-def _wire(patch: Patch, blocks: list[Block], schedule: str, scored: bool) -> tuple[list[_Attention], list[_Branch]]:
-    """Put the two kinds of hook on every block; blocks with cross-attention are scored by its entropy, others by mass."""
-    attentions, branches = [], []
-    streams = {stream: [b for b in blocks if b.stream == stream and not b.temporal] for stream in ("image", "joint", "fused")}
-    for block in blocks:
-        scores = _Scores(patch.feature(), patch.feature())
-        place = next((i for i, b in enumerate(streams[block.stream]) if b is block), block.index // 2)
-        depth = place / (27 if schedule == "flux" else max(1, len(streams[block.stream]) - 1))
-        total = None
-        for branch in block.branches:
-            if branch.module is block.attn:
-                continue
-            hook = _Branch(block, branch, (patch.feature(), patch.feature()), scores, depth)
-            hook.scored &= scored
-            branches.append(hook)
-            total = hook if branch.feeds else None
-            patch.around(branch.module, hook.total if branch.feeds else hook.around, opaque=branch.module is block.cross)
-            for feed in branch.feeds:
-                if feed is not block.attn:
-                    patch.around(feed, hook.feed)
-        mass = scored and block.cross is None
-        attentions.append(_Attention(block, patch.feature(), scores if mass else None, total))
-        patch.around(block.attn, attentions[-1].around, opaque=mass)
-    return attentions, branches
+    patch.explain(lambda: "every step of this run is a full one")
+    return patch.on()

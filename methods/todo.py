@@ -8,15 +8,15 @@ output already has all N tokens.
 
 Map
     downsampling    nearest-neighbour sub-grid of factor s                    subgrid
-    attention       keys and values from the sub-grid, before projection      apply
+    attention       keys and values from the sub-grid                         _Downsample
 
 Departures
     Layers are chosen by downsampling level; the official code goes by channel width and so never touches SDXL.
     The paper's setting is the default (nearest, all steps, level 2 off); the library default of the official code
     (nearest-exact, similarity merging in the last 20 % of steps) is `method="nearest-exact"` without the second phase.
     Grids that the factor does not divide keep their true height and width; the official code fails there.
-    SD3 drops keys and values of the image tokens only, text stays whole; the projections themselves are wrapped there, so
-    adapters must be loaded before the patch.
+    SD3, Flux and CogVideoX drop keys and values of the image tokens only, text stays whole. There, and where projections are
+    fused, all tokens are projected and the sub-grid is taken behind norms and positions.
 
 Example
     >>> import methods
@@ -30,14 +30,17 @@ Example
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from methods._core.attention import at_product, unmasked
 from methods._core.context import StepContext
-from methods._core.denoiser import describe
-from methods._core.patch import TOKENS, Patch
+from methods._core.denoiser import Block
+from methods._core.patch import Patch
+from methods._core.site import Claim
 
 __all__ = ["OFF", "Config", "apply", "subgrid"]
 
@@ -75,49 +78,60 @@ def subgrid(frames: int, height: int, width: int, factor: int, method: str = "ne
 
 
 class _Downsample:
-    """Hands one self-attention, or one key or value projection, the rows of `index` only. The host sets `index`."""
+    """Lets one self-attention read the rows of `index` only. The host sets `index`.
 
-    def __init__(self):
+    Where tokens are handed to the attention apart from what it asks with, keys and values of the others are not even
+    projected; elsewhere, with text in the sequence or fused projections, they are dropped at the product.
+    """
+
+    def __init__(self, block: Block):
+        self.block = block
         self.index: Tensor | None = None
+        self.tokens = 0
+
+    def wire(self, patch: Patch) -> None:
+        if self.block.stream == "image":
+            patch.around(self.block.attn, self.image, Claim.INSIDE)
+        else:
+            patch.attend(self.block.attn, self.attend)
 
     def image(self, forward, x: Tensor, encoder_hidden_states: Tensor | None = None, **kwargs) -> Tensor:
+        if getattr(self.block.attn, "fused_projections", False):
+            return at_product(self.attend)(forward, x, encoder_hidden_states=encoder_hidden_states, **kwargs)
         return forward(x, encoder_hidden_states=x[:, self.index], **kwargs)
 
-    def projection(self, forward, x: Tensor) -> Tensor:
-        return forward(x[:, self.index])
+    def attend(self, product, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **more) -> Tensor:
+        unmasked(attn_mask)
+        k, v = (self.block.joined(image[:, :, self.index], text)
+                for image, text in (self.block.parted(x, self.tokens) for x in (k, v)))
+        return product(q, k, v, **more)
 
 
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Downsample keys and values in the self-attention of the first two levels.
 
     Raises:
-        ValueError: no self-attention at those levels, or the model turns keys by position inside the attention.
+        ValueError: no self-attention at those levels, or already applied.
     """
-    patch = Patch(target, "todo", depth=TOKENS)
+    patch = Patch(target, "todo")
     factors = {level: s for level, s in enumerate((config.factor, config.factor_level_2)) if s > 1}
     if not factors:
         return patch
-    denoiser = describe(patch.model)
-    blocks = patch.require((b for b in denoiser.blocks if b.level in factors and not b.temporal and not b.rotary),
-                           "self-attention without rotary positions at the chosen levels")
-    wired = []
-    for block in blocks:
-        wired.append((block, _Downsample()))
-        if block.stream == "image":
-            patch.around(block.attn, wired[-1][1].image)
-        else:
-            patch.guard([block.attn], closed=False)              # no other method may shorten what the projections read
-            for projection in (block.attn.to_k, block.attn.to_v):
-                patch.around(projection, wired[-1][1].projection)
+    layers = [_Downsample(block) for block in patch.require(
+        (b for b in patch.denoiser.blocks if b.level in factors and not b.temporal), "self-attention at the chosen levels")]
+    for layer in layers:
+        layer.wire(patch)
 
     def choose(context: StepContext) -> None:
         grids: dict = {}
-        for block, downsample in wired:
-            key = *denoiser.grid(context.inputs, block), factors[block.level]
+        for layer in layers:
+            key = *patch.denoiser.grid(context.inputs, layer.block), factors[layer.block.level]
             if key not in grids:
                 grids[key] = subgrid(*key, config.method).to(context.sample.device)
-            downsample.index = grids[key]
-        patch.counts["downsampled"] += sum(patch.reaches(block.attn) for block, _ in wired)
+            layer.index, layer.tokens = grids[key], prod(key[:3])
+            if patch.reaches(layer.block.attn):
+                patch.counts["downsampled"] += 1
+                patch.tally(layer.tokens - len(layer.index), layer.tokens)
 
     patch.each_call(choose)
-    return patch
+    return patch.on()

@@ -31,6 +31,7 @@ Example
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +39,9 @@ from torch import Tensor
 
 from accel_kernels import merge
 from methods._core.context import StepContext
-from methods._core.denoiser import describe
-from methods._core.patch import TOKENS, Patch
-from methods._core.reduction import Reduction
+from methods._core.denoiser import Block, check_downsample
+from methods._core.patch import Patch
+from methods._core.reduction import Reduction, reduce_all
 from methods._core.tokens import Plan
 from methods.tome import Matching
 
@@ -62,8 +63,7 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)} outside [0, 1]")
         if self.stride < 1:
             raise ValueError(f"stride={self.stride} must be at least 1")
-        if self.max_downsample not in (1, 2, 4, 8):
-            raise ValueError(f"max_downsample={self.max_downsample} must be 1, 2, 4 or 8")
+        check_downsample(self.max_downsample)
 
 
 OFF = Config(ratio=0.0)
@@ -88,26 +88,21 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     Raises:
         ValueError: no such block (SDXL has none at full resolution: use `max_downsample=2`); or already applied.
     """
-    patch = Patch(target, "tofu", depth=TOKENS)
+    patch = Patch(target, "tofu")
     if config.ratio == 0:
         return patch
-    denoiser = describe(patch.model)
-    blocks = patch.require((b for b in denoiser.blocks if 2 ** b.level <= config.max_downsample and not b.temporal),
-                           f"self-attention at a downsampling of {config.max_downsample} or less")
-    layers = []
-    for block in blocks:
-        pruning = prunes(block.index, len(denoiser.blocks), config.separation)
-        layers.append((Reduction(block, Matching(block), Plan.drop if pruning else mlerp), "pruned" if pruning else "merged"))
-        layers[-1][0].wire(patch)
 
-    def draw(context: StepContext) -> None:
+    def prunes_at(block: Block) -> bool:
+        return prunes(block.index, len(patch.denoiser.blocks), config.separation)
+
+    def prepare(context: StepContext) -> Callable:
         random = context.random(config.seed) if config.random else None
-        for layer, done in layers:
-            if not patch.reaches(layer.block.attn):
-                continue
-            layer.tokens = layer.planner.place(denoiser.grid(context.inputs, layer.block), config.stride, random,
-                                               config.ratio, context.sample.device)
-            patch.counts[done] += 1
 
-    patch.each_call(draw)
-    return patch
+        def place(layer: Reduction, grid: tuple[int, int, int]) -> int:
+            patch.counts["pruned" if layer.reducer is Plan.drop else "merged"] += 1
+            return layer.planner.place(grid, config.stride, random, config.ratio, context.sample.device)
+        return place
+
+    layers = [Reduction(block, Matching(block), Plan.drop if prunes_at(block) else mlerp)
+              for block in patch.blocks_at(config.max_downsample)]
+    return reduce_all(patch, layers, prepare)

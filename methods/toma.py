@@ -49,10 +49,12 @@ import torch
 from torch import Tensor
 
 from accel_kernels.facility_location import facility_location
+from methods._core.cache import Slot
 from methods._core.context import StepContext
-from methods._core.denoiser import Block, Denoiser, describe
-from methods._core.patch import TOKENS, Feature, Patch
+from methods._core.denoiser import Block, Denoiser, check_downsample
+from methods._core.patch import Patch
 from methods._core.reduction import Reduction
+from methods._core.site import Claim
 from methods._core.tokens import joined
 
 __all__ = ["OFF", "Config", "Matrices", "apply", "destinations", "regions", "weights"]
@@ -84,8 +86,7 @@ class Config:
             raise ValueError(f"skip={self.skip} must not be negative")
         if self.scale <= 0:
             raise ValueError(f"scale={self.scale} must be positive")
-        if self.max_downsample not in (1, 2, 4, 8):
-            raise ValueError(f"max_downsample={self.max_downsample} must be 1, 2, 4 or 8")
+        check_downsample(self.max_downsample)
 
 
 OFF = Config(ratio=0.0)
@@ -157,18 +158,18 @@ class _Share:
     `selected` and `weighed` are the steps of the last ones, by guidance branch.
     """
 
-    def __init__(self, blocks: list[Block], chosen: Feature, share: Feature):
+    def __init__(self, blocks: list[Block], chosen: Slot, share: Slot):
         self.blocks, self.chosen, self.share = blocks, chosen, share
-        self.selected: dict[int, int] = {}
-        self.weighed: dict[int, int] = {}
+        self.selected: dict[tuple, int] = {}
+        self.weighed: dict[tuple, int] = {}
         self.places = self.back = None
         self.k = 0
         self.select = self.weigh = False
 
-    def due(self, i: int, branch: int, select_every: int, weigh_every: int) -> None:
+    def due(self, i: int, branch: tuple, select_every: int, weigh_every: int) -> None:
         """Decide what step i, which runs at least one of the blocks, computes."""
         self.select = self.chosen.value is None or i - self.selected[branch] >= select_every
-        self.weigh = self.select or i - self.weighed[branch] >= weigh_every
+        self.weigh = self.select or self.share.value is None or i - self.weighed[branch] >= weigh_every
         if self.select:
             self.selected[branch] = i
         if self.weigh:
@@ -201,11 +202,11 @@ class _Merge(Reduction):
 
     def wire(self, patch: Patch) -> None:
         if self.block.stream == "fused":
-            patch.around(self.block.norm, self.shorten)
-            patch.around(self.block.attn, self.turned)
-            patch.around(self.block.branches[0].module, self.lengthen)
+            patch.around(self.block.norm, self.shorten, Claim.TOKENS)
+            patch.around(self.block.attn, self.turned, Claim.TOKENS)
+            patch.around(self.block.branches[0].module, self.lengthen, Claim.TOKENS)
         else:
-            patch.around(self.block.attn, getattr(self, self.block.stream))
+            patch.around(self.block.attn, getattr(self, self.block.stream), Claim.TOKENS)
 
     def image(self, forward, x: Tensor, *args, **kwargs) -> Tensor:
         self.input = x
@@ -254,15 +255,15 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     Raises:
         ValueError: no such block, `skip` leaves none, or already applied; when it runs, a grid that no region divides.
     """
-    patch = Patch(target, "toma", depth=TOKENS)
+    patch = Patch(target, "toma")
     if config.ratio == 0:
         return patch
-    denoiser = describe(patch.model)
-    usable = [b for b in denoiser.blocks if 2 ** b.level <= config.max_downsample and not b.temporal]
+    denoiser = patch.denoiser
+    usable = denoiser.blocks_at(config.max_downsample)
     kinds = [list(run)[config.skip:] for _, run in groupby(usable, key=lambda b: (b.stream, _stage(denoiser, b)))]
     kinds = patch.require(filter(None, kinds), f"self-attention at a downsampling of {config.max_downsample} or less "
                                                f"after the first {config.skip} blocks of a kind")
-    shares = [_Share(blocks, patch.feature(), patch.feature()) for blocks in kinds]
+    shares = [_Share(blocks, patch.slot(), patch.slot()) for blocks in kinds]
     merges = [[_Merge(block, share, config.scale) for block in share.blocks] for share in shares]
     for merge in sum(merges, []):
         merge.wire(patch)
@@ -270,22 +271,23 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     def prepare(context: StepContext) -> None:
         active = context.i % config.every == 0
         for share, members in zip(shares, merges, strict=True):
-            reached = [merge for merge in members if active and patch.reaches(merge.block.attn)]
+            reached = [merge for merge in members if patch.reaches(merge.block.attn)]
             frames, height, width = denoiser.grid(context.inputs, share.blocks[0])
             places = regions(frames, height, width, config.region, config.side)
             tokens = places.numel()
             share.k = max(1, (tokens - int(tokens * config.ratio)) // len(places))
             share.places = places.to(context.sample.device)
             share.back = places.flatten().argsort().to(context.sample.device)
-            if reached:
+            if reached and active:
                 share.due(context.i, context.branch, config.select_every, config.weigh_every)
             for merge in members:
-                merge.tokens, merge.active = tokens, merge in reached
+                merge.tokens, merge.active = tokens, active and merge in reached
                 merge.leads = share.weigh and merge in reached[:1]
-            patch.counts["merged"] += len(reached)
+            patch.counts["merged"] += active * len(reached)
+            patch.tally(active * len(reached) * (tokens - share.k * len(places)), len(reached) * tokens)
 
     patch.each_call(prepare)
-    return patch
+    return patch.on()
 
 
 def _stage(denoiser: Denoiser, block: Block) -> int:

@@ -7,8 +7,8 @@ their best match among a sparse set of destinations; attention runs on N - r tok
 places, so the residual stream keeps full resolution.
 
 Map
-    partition   one random destination in each cell                 destinations, partition
-    reduction   r = ratio * N, at most N - destinations             reduction
+    partition   one random destination in each cell                 methods._core.tokens.partition
+    reduction   r = ratio * N, at most N - destinations             methods._core.tokens.reduction
     merging     match sources, merge by the mean, unmerge           Matching, methods._core.tokens.match_plan
     placement   around self-attention, matched on the block's input  apply, methods._core.reduction.Reduction
 
@@ -30,6 +30,7 @@ Example
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -38,12 +39,12 @@ import torch
 from torch import Tensor
 
 from methods._core.context import StepContext
-from methods._core.denoiser import Block, describe
-from methods._core.patch import TOKENS, Patch
-from methods._core.reduction import Reduction
-from methods._core.tokens import Plan, match_plan, others
+from methods._core.denoiser import Block, check_downsample
+from methods._core.patch import Patch
+from methods._core.reduction import Reduction, reduce_all
+from methods._core.tokens import Plan, match_plan, partition, reduction
 
-__all__ = ["OFF", "Config", "Matching", "apply", "destinations", "partition", "reduction"]
+__all__ = ["OFF", "Config", "Matching", "apply"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,42 +60,10 @@ class Config:
             raise ValueError(f"ratio={self.ratio} outside [0, 1]")
         if self.stride < 1:
             raise ValueError(f"stride={self.stride} must be at least 1")
-        if self.max_downsample not in (1, 2, 4, 8):
-            raise ValueError(f"max_downsample={self.max_downsample} must be 1, 2, 4 or 8")
+        check_downsample(self.max_downsample)
 
 
 OFF = Config(ratio=0.0)
-
-
-def destinations(frames: int, height: int, width: int, stride: int, random: torch.Generator | None) -> Tensor:
-    """Partition: one position in each full stride x stride cell of each frame, random or (None) the top-left one. -> (D,)
-
-    Raises:
-        ValueError: no cell fits the grid.
-    """
-    rows, cols = height // stride, width // stride
-    if not rows * cols:
-        raise ValueError(f"stride={stride} is more than the grid of {height} x {width} tokens")
-    pick = torch.zeros(frames, rows, cols, dtype=torch.long)
-    if random is not None:
-        pick = torch.randint(stride * stride, pick.shape, generator=random)
-    frame = torch.arange(frames)[:, None, None] * height * width
-    y = torch.arange(rows)[:, None] * stride + pick // stride
-    x = torch.arange(cols) * stride + pick % stride
-    return (frame + y * width + x).flatten()
-
-
-def reduction(tokens: int, dst: int, ratio: float) -> int:
-    """How many of `tokens` are merged away when `dst` of them are destinations."""
-    return min(int(tokens * ratio), tokens - dst)
-
-
-def partition(grid: tuple[int, int, int], stride: int, random: torch.Generator | None, device: torch.device
-              ) -> tuple[Tensor, Tensor]:
-    """Sources and destinations of a grid (frames, height, width), ascending positions on `device`. -> (S,), (D,)"""
-    dst = destinations(*grid, stride, random)
-    src = others(dst, prod(grid))
-    return src.to(device), dst.to(device)
 
 
 class Matching:
@@ -107,10 +76,10 @@ class Matching:
 
     def place(self, grid: tuple[int, int, int], stride: int, random: torch.Generator | None, ratio: float,
               device: torch.device) -> int:
-        """Partition a grid (frames, height, width) and choose how much of it to merge. -> its number of tokens"""
+        """Partition a grid (frames, height, width) and choose how much of it to merge. -> r"""
         self.src, self.dst = partition(grid, stride, random, device)
         self.r = reduction(prod(grid), len(self.dst), ratio)
-        return prod(grid)
+        return self.r
 
     def __call__(self, x: Tensor) -> Plan:
         return match_plan(x, self.src, self.dst, self.r, shared=self.shared)
@@ -125,22 +94,17 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     Raises:
         ValueError: no such block (SDXL has none at full resolution: use `max_downsample=2`); or already applied.
     """
-    patch = Patch(target, "tome", depth=TOKENS)
+    patch = Patch(target, "tome")
     if config.ratio == 0:
         return patch
-    denoiser = describe(patch.model)
-    blocks = patch.require((b for b in denoiser.blocks if 2 ** b.level <= config.max_downsample and not b.temporal),
-                           f"self-attention at a downsampling of {config.max_downsample} or less")
-    layers = [Reduction(block, Matching(block)) for block in blocks]
-    for layer in layers:
-        layer.wire(patch)
 
-    def draw(context: StepContext) -> None:
+    def prepare(context: StepContext) -> Callable:
         random = context.random(config.seed) if config.random else None
-        for layer in (layer for layer in layers if patch.reaches(layer.block.attn)):
-            layer.tokens = layer.planner.place(denoiser.grid(context.inputs, layer.block), config.stride, random,
-                                               config.ratio, context.sample.device)
-            patch.counts["merged"] += 1
 
-    patch.each_call(draw)
-    return patch
+        def place(layer: Reduction, grid: tuple[int, int, int]) -> int:
+            patch.counts["merged"] += 1
+            return layer.planner.place(grid, config.stride, random, config.ratio, context.sample.device)
+        return place
+
+    layers = [Reduction(block, Matching(block)) for block in patch.blocks_at(config.max_downsample)]
+    return reduce_all(patch, layers, prepare)

@@ -39,17 +39,17 @@ from __future__ import annotations
 import copy
 import inspect
 from dataclasses import dataclass
-from functools import partial
 from math import log
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from methods._core.attention import cross_map
-from methods._core.context import StepContext
-from methods._core.denoiser import Stage, describe
+from methods._core.attention import mean_map
+from methods._core.context import Rewrite, StepContext
+from methods._core.denoiser import Block, Denoiser
 from methods._core.patch import Patch
+from methods._core.site import Claim
 
 __all__ = ["OFF", "Config", "apply", "entropy_loss", "merge_tokens", "replace_end", "uniform_entropy"]
 
@@ -127,14 +127,15 @@ def uniform_entropy(tokens: int, objects: int) -> float:
     return -2 * objects * log(1 / tokens + 1e-5)
 
 
-def _watched(stages: tuple[Stage, ...]) -> tuple[nn.Module, ...]:
-    """Cross-attentions of blocks 1 to 3 of the middle attention of the deepest up stage that has any (of its only block)."""
-    for stage in stages:
+def _watched(denoiser: Denoiser) -> list[Block]:
+    """Blocks 1 to 3 of the middle attention of the deepest up stage that has any with cross-attention (of its only block)."""
+    for stage in denoiser.unet:
         attentions = [attention for _, attention in stage.layers if attention is not None]
         if stage.side == "up" and attentions:
-            blocks = attentions[len(attentions) // 2].transformer_blocks
-            return tuple(block.attn2 for block in (blocks[1:4] or blocks))
-    return ()
+            inside = {id(module) for module in attentions[len(attentions) // 2].modules()}
+            blocks = [block for block in denoiser.blocks if id(block.module) in inside]
+            return blocks[1:4] or blocks
+    return []
 
 
 class _Binding:
@@ -142,39 +143,39 @@ class _Binding:
 
     def __init__(self, patch: Patch, config: Config):
         self.patch, self.config = patch, config
-        self.text, self.anchors = patch.feature(), patch.feature()
+        self.text, self.anchors = patch.slot(), patch.slot()
         self.schedulers: list[Any] = []
         self.nouns = [noun[0] for noun, _ in config.objects]
         self.maps: list[Tensor] | None = None             # filled while the entropy is measured
 
-    def look(self, attn: nn.Module, forward, x: Tensor, **kwargs) -> Tensor:
-        """Around the cross-attention `attn`."""
+    def look(self, product, q: Tensor, k: Tensor, v: Tensor, **more) -> Tensor:
+        """At the product of a cross-attention with the text."""
         if self.maps is not None:
-            text = kwargs["encoder_hidden_states"]
-            text = text[0] if isinstance(text, tuple) else text                # behind it the images of an adapter
-            self.maps.append(cross_map(attn, x, text, kwargs.get("attention_mask")))
-        return forward(x, **kwargs)
+            self.maps.append(mean_map(q, k, **more))
+        return product(q, k, v, **more)
 
-    def prepare(self, context: StepContext) -> dict[str, Tensor]:
+    def prepare(self, context: StepContext) -> Rewrite:
         """Before each call: what the model is to read instead of the latent and the prompt of this step."""
         config, given = self.config, context.inputs["encoder_hidden_states"]
-        start = len(given) // 2 if context.guided else 0                       # the conditional half is the second one
         length = given.shape[1] - 1 if config.length is None else config.length
         if max(max(noun + modifiers) for noun, modifiers in config.objects) > length:
             raise ValueError(f"objects={config.objects} point behind the {length} tokens of the prompt")
+        cond = context.rows.of("cond")
         if self.text.value is None:
-            self.text.value = merge_tokens(given[start:], config.objects, config.noun_weight, config.modifier_weight)
+            self.text.value = merge_tokens(given[cond], config.objects, config.noun_weight, config.modifier_weight)
         if config.simplified is not None and context.i == config.simplify_at:
             self.text.value = replace_end(self.text.value, self.embed(config.simplified, given), length)
-        x = context.sample[start:]
+        x = context.sample[cond]
         with torch.enable_grad():
             if config.anchors and context.i < config.token_steps:
-                self.tune_tokens(context, given, start)
+                self.tune_tokens(context, given)
             if context.i < config.attention_steps:
-                x = self.refine(context, x, start, length)
+                x = self.refine(context, x, length)
         self.patch.counts["bound"] += len(config.objects)
-        sample = torch.cat([x, x]) if context.guided else x
-        return {"sample": sample, "encoder_hidden_states": torch.cat([given[:start], self.text.value])}
+        text = given.clone()
+        text[cond] = self.text.value
+        inputs = {"sample": x.repeat(len(context.rows.parts), 1, 1, 1), "encoder_hidden_states": text}
+        return Rewrite((context.replace(inputs),), lambda out: out)
 
     def embed(self, prompt: str | Tensor, like: Tensor) -> Tensor:
         """An embedding (T, C) of words, by the pipeline's text encoder, or as given."""
@@ -183,69 +184,62 @@ class _Binding:
                                                    do_classifier_free_guidance=False)[0][0]
         return prompt.to(like)
 
-    def predict(self, context: StepContext, x: Tensor, text: Tensor, start: int) -> Tensor:
-        """The model's output for latents x and text (B, T', C), with the other inputs of the conditional half."""
-        def half(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: half(each) for name, each in value.items()}
-            if isinstance(value, (list, tuple)):
-                return type(value)(half(each) for each in value)
-            return value[start:] if torch.is_tensor(value) and value.ndim and len(value) == len(context.sample) else value
-
-        inputs = half(context.inputs)
+    def predict(self, context: StepContext, x: Tensor, text: Tensor) -> Tensor:
+        """The model's output for latents x and text (B, T', C), with the other inputs of the conditional rows."""
+        inputs = {name: context.rows.take(value, "cond") for name, value in context.inputs.items()}
         extra = inputs.get("added_cond_kwargs") or {}
         if "text_embeds" in extra:
             extra["text_embeds"] = torch.zeros_like(extra["text_embeds"])
         inputs |= dict(sample=x, encoder_hidden_states=text, encoder_attention_mask=None, added_cond_kwargs=extra,
                        return_dict=False)
         self.patch.counts["extra_calls"] += 1
-        return type(self.patch.model).forward(self.patch.model, **inputs)[0]   # not a step: no hook may count it
+        return type(self.patch.model).forward(self.patch.model, **inputs)[0]   # not a step: no patch may be told of it
 
-    def tune_tokens(self, context: StepContext, given: Tensor, start: int) -> None:
+    def tune_tokens(self, context: StepContext, given: Tensor) -> None:
         """Semantic binding loss: each merged row alone is to do what its whole phrase does on the object's anchor latent."""
-        t, random, latents = context.timestep, context.random(0), []
+        t, random, latents = context.inputs["timestep"], context.random(0), []
         if self.anchors.value is None:
-            self.schedulers = [_twin(self.patch.pipe.scheduler) for _ in self.nouns]
+            self.schedulers = [copy.deepcopy(self.patch.pipe.scheduler) for _ in self.nouns]
             scale = self.schedulers[0].scale_model_input(torch.ones_like(context.sample[:1]), t)
-            self.anchors.value = (context.sample[start:] / scale,) * len(self.nouns)
+            self.anchors.value = (context.rows.take(context.sample, "cond") / scale,) * len(self.nouns)
         for noun, anchor, latent, scheduler in zip(self.nouns, self.config.anchors, self.anchors.value, self.schedulers,
                                                    strict=True):
             x, text = scheduler.scale_model_input(latent, t), self.text.value.clone()
             with torch.no_grad():
                 phrase = self.embed(anchor, given).expand(len(x), -1, -1)
-                target = self.predict(context, x, phrase, start)
-            text[:, noun] = self.tune_token(context, x, text[:, noun], target, start)
+                target = self.predict(context, x, phrase)
+            text[:, noun] = self.tune_token(context, x, text[:, noun], target)
             self.text.value = text
             with torch.no_grad():
                 noise = target
-                if start:
-                    null = self.predict(context, x, given[:start], start)
+                if context.guided:
+                    null = self.predict(context, x, context.rows.take(given, "null"))
                     sign = -1 if self.config.reversed_anchor else 1
                     noise = null + sign * self.patch.pipe.guidance_scale * (target - null)
                 draws = {"generator": random} if "generator" in inspect.signature(scheduler.step).parameters else {}
                 latents.append(scheduler.step(noise, t, latent, return_dict=False, **draws)[0])
         self.anchors.value = tuple(latents)
 
-    def tune_token(self, context: StepContext, x: Tensor, row: Tensor, target: Tensor, start: int) -> Tensor:
+    def tune_token(self, context: StepContext, x: Tensor, row: Tensor, target: Tensor) -> Tensor:
         """row (B, C) after gradient steps on the mean squared error of each sample against `target`."""
         for _ in range(self.config.token_updates):
             row = row.detach().requires_grad_()
-            error = (self.predict(context, x, row[:, None], start).float() - target.float()).square()
+            error = (self.predict(context, x, row[:, None]).float() - target.float()).square()
             row = row - self.config.token_rate * torch.autograd.grad(error.flatten(1).mean(1).sum(), row)[0]
             self.patch.counts["token_updates"] += 1
         return row.detach()
 
-    def refine(self, context: StepContext, x: Tensor, start: int, length: int) -> Tensor:
+    def refine(self, context: StepContext, x: Tensor, length: int) -> Tensor:
         """Entropy loss: gradient steps on latent and text until each sample's objects are compact enough. -> latent"""
         config, i = self.config, context.i
         step = config.rate * (1 - i / max(1, context.steps - 1))
         threshold = config.thresholds[min(i, len(config.thresholds) - 1)] / 2 * len(self.nouns) - 2
-        late = float(torch.as_tensor(context.timestep).flatten()[0]) <= 900
+        late = context.t <= 900
         text, active = self.text.value, torch.ones(len(x), dtype=torch.bool, device=x.device)
         for _ in range(config.attention_updates[late]):
             x, text, self.maps = x.detach().requires_grad_(), text.detach().requires_grad_(), []
             try:
-                self.predict(context, x, text, start)
+                self.predict(context, x, text)
                 loss = entropy_loss(torch.stack(self.maps).mean(0), self.nouns, length)
             finally:
                 self.maps = None
@@ -259,14 +253,6 @@ class _Binding:
         return x.detach()
 
 
-def _twin(scheduler: Any) -> Any:
-    """A copy of a patched scheduler as it is now, without the patch."""
-    twin = object.__new__(type(scheduler))
-    vars(twin).update(copy.deepcopy({name: value for name, value in vars(scheduler).items()
-                                     if name not in ("set_timesteps", "step")}))
-    return twin
-
-
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Bind the attributes of each object of the prompt to it.
 
@@ -277,14 +263,13 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         ValueError: a bare model (the schedules need the number of steps), no UNet with cross-attention, another method is
             on the model, or already applied.
     """
-    patch = Patch(target, "tome_binding")
+    patch = Patch(target, "tome_binding", edits=True)
     if not config.objects:
         return patch
-    watched = patch.require(_watched(describe(patch.model).unet), "UNet stage with cross-attention on its way up")
+    watched = patch.require(_watched(patch.denoiser), "UNet stage with cross-attention on its way up")
     patch.require_pipeline()
-    patch.stand_alone()
     binding = _Binding(patch, config)
-    for cross in watched:
-        patch.around(cross, partial(binding.look, cross))
-    patch.each_call(binding.prepare)
-    return patch
+    for block in watched:
+        patch.attend(block.cross, binding.look, Claim.LOOK)
+    patch.rewrite(binding.prepare, Claim.WHOLE)
+    return patch.on()

@@ -35,6 +35,7 @@ Example
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -43,13 +44,13 @@ import torch
 from torch import Tensor
 
 from accel_kernels.cosine_match import cosine_match
-from methods._core.attention import attend
+from methods._core.attention import with_mass
+from methods._core.cache import Slot
 from methods._core.context import StepContext
-from methods._core.denoiser import Block, describe
-from methods._core.patch import TOKENS, Feature, Patch
-from methods._core.reduction import Reduction
-from methods._core.tokens import Plan, joined, merge_plan
-from methods.tome import partition, reduction
+from methods._core.denoiser import Block, check_downsample
+from methods._core.patch import Patch
+from methods._core.reduction import Reduction, reduce_all
+from methods._core.tokens import Plan, joined, merge_plan, partition, reduction
 
 __all__ = ["OFF", "Config", "apply", "edge_score", "weight"]
 
@@ -77,8 +78,7 @@ class Config:
             raise ValueError(f"fusion={self.fusion!r} must be 'difference' or 'ratio'")
         if self.stride < 1:
             raise ValueError(f"stride={self.stride} must be at least 1")
-        if self.max_downsample not in (1, 2, 4, 8):
-            raise ValueError(f"max_downsample={self.max_downsample} must be 1, 2, 4 or 8")
+        check_downsample(self.max_downsample)
 
 
 OFF = Config(ratio=0.0)
@@ -100,17 +100,21 @@ def edge_score(redundancy: Tensor, value: Tensor, weight: float | Tensor, fusion
 
 
 class _Layer(Reduction):
-    """Merging around one self-attention, which it computes itself to see what attention every token receives.
+    """Merging around one self-attention, and at its product, to see what attention every token receives.
 
     `value` keeps the semantic value (B, N) for the next step. The host fills in `src`, `dst` and `r` before each call.
     """
 
-    def __init__(self, block: Block, value: Feature, weight: float, fusion: str):
+    def __init__(self, block: Block, value: Slot, weight: float, fusion: str):
         super().__init__(block, self.match)
         self.value, self.fusion = value, fusion
         self.weight = torch.tensor(weight)              # a tensor, for which blocks that compile do so once
         self.src = self.dst = self.used = None
         self.r = 0
+
+    def wire(self, patch: Patch) -> None:
+        super().wire(patch)
+        patch.attend(self.block.attn, self.attend)
 
     def match(self, x: Tensor) -> Plan:
         batch, value = len(x), self.value.value
@@ -122,15 +126,12 @@ class _Layer(Reduction):
         self.used = merge_plan(score, into, self.src, self.dst, self.r, batch)
         return self.used
 
-    def around(self, forward, *args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
-        return getattr(self, self.block.stream)(self.attend, *args, **kwargs)
-
-    def attend(self, *args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
-        """The attention of the merged tokens, behind the text if there is any; keeps the column means of its map."""
-        out, mass = attend(self.block.attn, *args, **kwargs)
+    def attend(self, product, q: Tensor, k: Tensor, v: Tensor, **more) -> Tensor:
+        """The attention of the merged tokens and the text, if there is any; keeps the column means of its map."""
+        out, mass = with_mass(q, k, v, **more)
         plan, self.used = self.used, None
-        image = mass[:, mass.shape[1] - plan.segments.length:, None]
-        self.value.value = plan.restore(image.contiguous()).squeeze(-1) / mass.shape[1]
+        image, _ = self.block.parted(mass, plan.segments.length, 1)
+        self.value.value = plan.restore(image[..., None].contiguous()).squeeze(-1) / mass.shape[1]
         return out
 
 
@@ -143,29 +144,20 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     Raises:
         ValueError: no such block (SDXL has none at full resolution: use `max_downsample=2`); or already applied.
     """
-    patch = Patch(target, "turbo", depth=TOKENS)
+    patch = Patch(target, "turbo")
     if config.ratio == 0:
         return patch
-    denoiser = describe(patch.model)
-    blocks = patch.require(
-        (b for b in denoiser.blocks if 2 ** b.level <= config.max_downsample and not b.temporal),
-        f"self-attention at a downsampling of {config.max_downsample} or less")
-    layers = [_Layer(block, patch.feature(), weight(place, config.alpha, config.beta, config.gamma), config.fusion)
-              for place, block in enumerate(blocks)]
-    for layer in layers:
-        patch.around(layer.block.norm, layer.observe)
-        patch.around(layer.block.attn, layer.around, opaque=True)
+    layers = [_Layer(block, patch.slot(), weight(place, config.alpha, config.beta, config.gamma), config.fusion)
+              for place, block in enumerate(patch.blocks_at(config.max_downsample))]
 
-    def draw(context: StepContext) -> None:
+    def prepare(context: StepContext) -> Callable:
         random = context.random(config.seed) if config.random else None
-        for layer in layers:
-            if not patch.reaches(layer.block.attn):
-                continue
-            grid = denoiser.grid(context.inputs, layer.block)
-            layer.src, layer.dst = partition(grid, config.stride, random, context.sample.device)
-            layer.tokens = prod(grid)
-            layer.r = reduction(layer.tokens, len(layer.dst), config.ratio)
-            patch.counts["by_similarity" if layer.value.value is None else "by_information"] += 1
 
-    patch.each_call(draw)
-    return patch
+        def ready(layer: _Layer, grid: tuple[int, int, int]) -> int:
+            layer.src, layer.dst = partition(grid, config.stride, random, context.sample.device)
+            layer.r = reduction(prod(grid), len(layer.dst), config.ratio)
+            patch.counts["by_similarity" if layer.value.value is None else "by_information"] += 1
+            return layer.r
+        return ready
+
+    return reduce_all(patch, layers, prepare)

@@ -14,6 +14,8 @@ SLOW = ("test_contract", "core/test_compile.py", "site/test_site.py", "test_comp
 
 
 def pytest_configure(config):
+    if config.getoption("--everything"):
+        os.environ["EVERYTHING"] = "1"                  # read where tests are collected, and by their processes
     config.addinivalue_line("markers", "slow: runs many pipelines, a browser or a compiler; left out of make test-fast")
 
 
@@ -25,3 +27,4 @@ def pytest_collection_modifyitems(items):
 
 def pytest_addoption(parser):
     parser.addoption("--update", action="store_true", help="write golden files anew instead of comparing with them")
+    parser.addoption("--everything", action="store_true", help="every check on every family, instead of on some of a kind")

@@ -136,15 +136,20 @@ class Family:
     def pipe(self, **kwargs) -> Any:
         torch.manual_seed(0)
         pipe = self.make(**kwargs)
-        _livelier(getattr(pipe, "unet", None) or pipe.transformer)
+        _livelier(self.model(pipe))
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    @staticmethod
+    def model(pipe: Any) -> torch.nn.Module:
+        """The denoiser of a pipeline."""
+        return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
     def run(self, pipe: Any, *, seed: int = 0, steps: int = 4, size: tuple[int, int] | None = None, batch: int = 1,
             guidance: float = 3.0, **more) -> torch.Tensor:
         """Latents (or, for DiT, pixels) of one run of `pipe`."""
-        common = dict(num_inference_steps=steps, guidance_scale=guidance, generator=torch.Generator().manual_seed(seed), **more)
-        dtype = (getattr(pipe, "unet", None) or pipe.transformer).dtype
+        common = dict(num_inference_steps=steps, guidance_scale=guidance, generator=torch.Generator().manual_seed(seed)) | more
+        dtype = self.model(pipe).dtype
         if self.name == "dit":
             labels = [(seed + i) % 10 for i in range(batch)]
             return torch.from_numpy(pipe(labels, output_type="np", **common).images)

@@ -109,7 +109,7 @@ def test_partly_renewed_block(name):
         return int(n * toca.fresh_ratio("pixart", config.fresh, 1, 2, 0.0, kind))
 
     k = rows("cross")
-    scored = linear(k) + linear(WORDS) + attention(k, WORDS) // 2
+    scored = attention(k, WORDS) // 2
     crossing = cross(k, C) + scored if name == "pixart" else 0
     assert 0 < k < rows("ff") < n
     assert counted == batch * (crossing + linear(rows("ff"), 8) + FORMS[name].kept)

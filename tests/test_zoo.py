@@ -57,7 +57,7 @@ def test_an_unmodified_pipeline_draws_what_is_asked_for(name, tmp_path):
     prompts = task.prompts(10 if name != "video_dit" else 2)
     found = task.quality(task.sample(pipe, 10, prompts), prompts)
     assert found[task.score] >= 0.6
-    model = getattr(pipe, "unet", None) or pipe.transformer
+    model = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == type(model).__name__
 

@@ -32,7 +32,7 @@ def plan_search(folder: Path, *, population: int = 15, generations: int = 30, im
                 fewer: Sequence[int] = (15, 10, 7, 5, 4, 3)) -> dict[str, Any]:
     """The plans that NSGA-II finds for the UNet: mean squared error to the unaccelerated images against multiply-accumulates.
 
-    A search that was stopped goes on from its last generation, which lies in `folder`.
+    A search that was stopped goes on from the plans it had judged, which lie in `folder`.
     """
     pipe, steps = TASK.load(), TASK.steps
     plain = Arm(steps)
@@ -66,10 +66,10 @@ def plan_search(folder: Path, *, population: int = 15, generations: int = 30, im
         return error, share
 
     code = code_hash_of("dato").removeprefix("sha256:")
-    name = f"dato-{TASK.model}-{card(TASK.model)['sha256'][:8]}-{code[:8]}-{population}-{images}.json"
+    name = f"dato-{TASK.model}-{card(TASK.model)['sha256'][:8]}-{code[:8]}-{population}-{images}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     found = dato.search(cost, steps - 1, population=population, generations=generations, initial=any_plan,
-                        state=folder / name)
+                        journal=folder / name)
     others = draw(plain, 1, held_out)
 
     def row(what: str, arm: Arm) -> list[Any]:

@@ -1,40 +1,94 @@
 """Where sampling stands: one `StepContext` per call of the denoiser, decided on the host before it runs.
 
-A `Run` watches one model and the schedulers of the pipelines that drive it: `set_timesteps` starts a run, `step` ends a
-step, calls of the model between two steps are the guidance branches of one step. Nothing is counted inside modules, so
-an interrupted run, another step count or another batch leaves nothing behind.
+A `Run` stands around one model and watches the scheduler of the pipeline that drives it: `set_timesteps` starts a run, `step`
+ends a step, calls of the model between two steps belong to one step. Nothing is counted inside modules, so an interrupted
+run, another step count or another batch leaves nothing behind.
+
+Before the model runs, patches may rewrite the call, in the order of their claims: a `Rewrite` names the calls to make
+in its place, none, one or several, and joins their outputs. Whoever comes after sees the calls as they are made.
 """
 from __future__ import annotations
 
+import functools
 import inspect
+import sys
 import threading
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from methods._core.denoiser import describe
+from methods._core.denoiser import Denoiser
+from methods._core.site import Claim, attach, detach
+
+DENOISERS = ("unet", "transformer")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How guidance lays its branches into one batch: `parts` in order, among "cond", "null" and "perturbed", each with
+    `prompts` samples."""
+
+    parts: tuple[str, ...]
+    prompts: int
+
+    @property
+    def guided(self) -> bool:
+        """Whether one call carries the conditional and the unconditional branch."""
+        return "null" in self.parts and "cond" in self.parts
+
+    def of(self, part: str) -> slice:
+        """The rows of one part; ValueError where the batch has no such part."""
+        start = self.parts.index(part) * self.prompts
+        return slice(start, start + self.prompts)
+
+    def take(self, value: Any, part: str) -> Any:
+        """The rows of one part of a tensor whose first axis is the batch, or of all such in a dict, list or tuple."""
+        if isinstance(value, dict):
+            return {name: self.take(each, part) for name, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.take(each, part) for each in value)
+        if torch.is_tensor(value) and value.ndim and len(value) == len(self.parts) * self.prompts:
+            return value[self.of(part)]
+        return value
 
 
 @dataclass(frozen=True)
 class StepContext:
     """One call of the denoiser.
 
-    `i` counts steps from 0; `steps` is the number of steps of this run (None on a bare model); `branch` numbers the calls
-    within one step (0 alone, 0 and 1 when guidance calls the model twice); `fresh` says that nothing remembered from an
-    earlier call of this branch is valid: the first step of a run, or a changed shape. `guided` says that one call carries
-    both guidance branches as the halves of its batch. `inputs` are the bound arguments of the denoiser's forward.
+    `i` counts steps from 0; `steps` is the number of steps of this run (None on a bare model) and `times` are their timesteps
+    in the scheduler's scale, of which `t` is this step's; `call` numbers the calls within one step: 0 alone, 0 and 1 where
+    guidance calls the model twice, the next where it makes one more with layers skipped. `branch` names the call for whatever
+    is remembered from step to step: its number, and the names that rewrites gave it. `fresh` says that nothing remembered of
+    this branch is valid: it is called for the first time in this run, was not called in the step before, or had another
+    shape. `rows` says which of the batch belongs to which branch of guidance. `inputs` are the arguments of the denoiser's
+    forward by name, as the model will get them.
     """
 
     i: int
     steps: int | None
-    branch: int
+    times: tuple[float, ...]
+    t: float | None
+    call: int
+    branch: tuple[int | str, ...]
     fresh: bool
-    guided: bool
-    sample: Tensor
-    timestep: Any
-    inputs: dict[str, Any]
+    rows: Rows
+    inputs: dict[str, Any] = field(repr=False)
+    denoiser: Denoiser = field(repr=False)
+    _seen: dict = field(repr=False)
+
+    @property
+    def sample(self) -> Tensor:
+        """The latent, the model's first input."""
+        return self.inputs[self.denoiser.latent]
+
+    @property
+    def guided(self) -> bool:
+        return self.rows.guided
 
     @property
     def left(self) -> int:
@@ -45,6 +99,39 @@ class StepContext:
         """The random draws of this step: the same in every run, apart from the global generator."""
         return torch.Generator().manual_seed(seed * 1_000_003 + self.i)
 
+    def replace(self, inputs: dict[str, Any], *, branch: str | None = None, t: float | None = None) -> StepContext:
+        """This call with other inputs, by name. Give it a `branch` of its own where their shape is another."""
+        made = replace(self, inputs=self.inputs | inputs, t=self.t if t is None else t)
+        return made if branch is None else made._as(branch)
+
+    def only(self, part: str) -> StepContext:
+        """This call for one part of `rows` alone, as a branch of that name."""
+        inputs = {name: self.rows.take(value, part) for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, rows=Rows((part,), self.rows.prompts))._as(part)
+
+    def _as(self, branch: str) -> StepContext:
+        name = (*self.branch, branch)
+        return replace(self, branch=name, fresh=_meet(self._seen, name, self.i, self.sample))
+
+
+def _meet(seen: dict, branch: tuple, i: int, sample: Tensor) -> bool:
+    """Note that a branch is called in step i. -> whether it is fresh"""
+    known = seen.get(branch)
+    seen[branch] = i, sample.shape
+    return known is None or known[0] < i - 1 or known[1] != sample.shape
+
+
+class Rewrite(NamedTuple):
+    """What to do in place of a call: run the model for each of `calls`, then `finish(*outputs)` of as many tensors."""
+
+    calls: tuple[StepContext, ...]
+    finish: Callable[..., Tensor]
+
+
+def given(output: Tensor) -> Rewrite:
+    """In place of a call, without the model."""
+    return Rewrite((), lambda: output)
+
 
 def split_target(target: Any) -> tuple[Any | None, nn.Module]:
     """A pipeline -> (pipeline, its denoiser); a bare denoiser -> (None, itself).
@@ -52,7 +139,7 @@ def split_target(target: Any) -> tuple[Any | None, nn.Module]:
     Raises:
         TypeError: neither of the two.
     """
-    for name in ("unet", "transformer"):
+    for name in DENOISERS:
         model = getattr(target, name, None)
         if hasattr(target, "scheduler") and isinstance(model, nn.Module):
             return target, getattr(model, "_orig_mod", model)
@@ -61,114 +148,252 @@ def split_target(target: Any) -> tuple[Any | None, nn.Module]:
     raise TypeError(f"expected a diffusers pipeline with a `unet` or `transformer`, or that model, not {type(target).__name__}")
 
 
-class _Uncopied:
-    """A function put on a model or a scheduler. Copying its owner is refused: the copy would report to the original."""
-
-    def __init__(self, function, wraps=None):
-        self.function = function
-        self.__wrapped__ = wraps or function          # pipelines read the signature of scheduler methods
-
-    def __call__(self, *args, **kwargs):
-        return self.function(*args, **kwargs)
-
-    def __deepcopy__(self, memo):
-        raise RuntimeError("a patched model or scheduler cannot be copied: the copy would share its state; remove the patches")
+# ---- the pipeline ---------------------------------------------------------------------------------------------------------
 
 
-def _doubled(sample: Tensor) -> bool:
-    """Whether the two halves of the batch are the same latents, as they are where guidance puts its branches together."""
-    return len(sample) % 2 == 0 and torch.equal(*sample.chunk(2))
+class Caller(NamedTuple):
+    """The pipeline in whose `__call__` the model is called, and what that call's local variables were."""
+
+    pipe: Any
+    known: dict[str, Any]
+
+    def guides(self) -> bool:
+        """Whether it asks for classifier-free guidance. Half of the pipelines of diffusers have a property for that, the
+        others keep it in a local variable of their call."""
+        said = getattr(self.pipe, "do_classifier_free_guidance", None)
+        if said is None:
+            said = self.known.get("do_classifier_free_guidance")
+        return self.known.get("guidance_scale", 1.0) > 1.0 if said is None else bool(said)
+
+
+def find_caller(model: nn.Module) -> Caller | None:
+    """The nearest caller that is a pipeline over `model`."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__":
+            known = frame.f_locals
+            pipe = known.get("components", known.get("self"))       # a step of a modular pipeline, or a pipeline
+            if hasattr(pipe, "scheduler") and any(_plain(getattr(pipe, name, None)) is model for name in DENOISERS):
+                return Caller(pipe, known)
+        frame = frame.f_back
+    return None
+
+
+def _plain(model: Any) -> Any:
+    return getattr(model, "_orig_mod", model)
+
+
+def parts_of(denoiser: Denoiser, caller: Caller | None) -> tuple[str, ...]:
+    """The parts of the batch of an ordinary call, in the order in which the pipeline lays them out."""
+    if caller is None or not denoiser.batched_guidance:
+        return ("cond",)
+    parts = ("cond",)
+    if caller.guides():
+        parts = ("cond", "null") if denoiser.cond_first else ("null", "cond")
+    return (*parts, "perturbed") if getattr(caller.pipe, "do_perturbed_attention_guidance", False) else parts
+
+
+# ---- the scheduler --------------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """What one scheduler says, told to every run that it drives: `set_timesteps` starts them, `step` ends a step of all.
+
+    The scheduler's class is exchanged while it is watched, for a subclass of the same name that reports. Its attributes stay
+    as they are, since pipelines copy and swap them, and a copy of it is of the plain class.
+    """
+
+    def __init__(self, scheduler: Any):
+        self.scheduler = scheduler
+        self.runs: list[Run] = []
+        scheduler._patch_watch = self
+        scheduler.__class__ = _reporting(type(scheduler))
+
+    @classmethod
+    def of(cls, scheduler: Any) -> Watch:
+        return _watch_on(scheduler) or cls(scheduler)
+
+    def leave(self, run: Run) -> None:
+        self.runs.remove(run)
+        if not self.runs:
+            self.scheduler.__class__ = type(self.scheduler).__base__
+            del self.scheduler._patch_watch
+
+    def start(self, call: Callable, *args, **kwargs) -> Any:
+        for run in self.runs:
+            run.begin(self)
+        solver = self._solver()
+        return solver.set_timesteps(call, *args, **kwargs) if solver else call(*args, **kwargs)
+
+    def step(self, call: Callable, *args, **kwargs) -> Any:
+        for run in self.runs:
+            run.end_step(self)
+        solver = self._solver()
+        return solver.step(call, *args, **kwargs) if solver else call(*args, **kwargs)
+
+    def _solver(self):
+        return next((patch.solver for run in self.runs for patch in run.patches if patch.solver is not None), None)
+
+    def __deepcopy__(self, memo) -> Watch:
+        return self                                       # of the attributes of its scheduler, which a pipeline may put back
+
+
+def _watch_on(scheduler: Any) -> Watch | None:
+    watch = vars(scheduler).get("_patch_watch")
+    return watch if watch is not None and watch.scheduler is scheduler else None
+
+
+@functools.cache
+def _reporting(plain: type) -> type:
+    class Reporting(plain):
+        @functools.wraps(plain.set_timesteps)
+        def set_timesteps(self, *args, **kwargs):
+            call, watch = functools.partial(plain.set_timesteps, self), _watch_on(self)
+            return call(*args, **kwargs) if watch is None else watch.start(call, *args, **kwargs)
+
+        @functools.wraps(plain.step)
+        def step(self, *args, **kwargs):
+            call, watch = functools.partial(plain.step, self), _watch_on(self)
+            return call(*args, **kwargs) if watch is None else watch.step(call, *args, **kwargs)
+
+        def __reduce_ex__(self, protocol):
+            return object.__new__, (plain,), {name: value for name, value in vars(self).items() if name != "_patch_watch"}
+
+    Reporting.__name__, Reporting.__qualname__, Reporting.__module__ = plain.__name__, plain.__qualname__, plain.__module__
+    return Reporting
+
+
+# ---- the run --------------------------------------------------------------------------------------------------------------
+
+TWO_PIPELINES = ("two pipelines are driving one patched model at once, or it is used outside its run: give each its own copy "
+                 "of the model, or let one run end before the next begins")
 
 
 class Run:
     """The sampling run of one model. Shared by all patches on it; made by the first, dropped with the last."""
 
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.timestep_scale = describe(model).timestep_scale
+    name = None                                             # of no method
+
+    def __init__(self, denoiser: Denoiser):
+        self.denoiser, self.model = denoiser, denoiser.model
         self.patches: list = []
-        self.signature = inspect.signature(type(model).forward)
-        self.watched: dict[int, Any] = {}       # schedulers whose set_timesteps and step report here
-        self.lock = threading.Lock()
-        self.scheduler = None                   # the one that drives the run now
-        model._patch_run = self
-        self.handles = [model.register_forward_pre_hook(_Uncopied(self._before), with_kwargs=True),
-                        model.register_forward_hook(_Uncopied(self._after), always_call=True)]
+        self.signature = inspect.signature(type(self.model).forward)
+        self.watches: list[Watch] = []        # of the scheduler that drives the run and, behind it, of one left in mid-run
+        self.guard = threading.Lock()
+        self.busy: int | None = None          # the thread that is inside the model
+        self.left_out: set[int] = set()       # ids of the modules that the model itself passes over in the present call
+        attach(self.model, self, Claim.CALL, self.call)
         self.restart()
 
     @classmethod
-    def of(cls, model: nn.Module) -> Run:
-        return model.__dict__.get("_patch_run") or cls(model)
+    def of(cls, denoiser: Denoiser) -> Run:
+        return cls.on(denoiser.model) or cls(denoiser)
+
+    @staticmethod
+    def on(model: nn.Module) -> Run | None:
+        site = vars(model).get("_patch_site")
+        return next((owner for _, owner, _ in site.arounds if isinstance(owner, Run)), None) if site else None
 
     def add(self, patch) -> None:
         self.patches.append(patch)
-        self.patches.sort(key=lambda each: each.depth)          # caches decide first: what they skip, others need not count
-        if patch.pipe is not None:
-            self._watch(patch.pipe.scheduler)
+        self.patches.sort(key=lambda each: each.order)      # caches decide first: what they skip, others need not count
+        if patch.pipe is not None and (patch.solver is not None or not self.watches):
+            self._follow(patch.pipe.scheduler)
 
     def drop(self, patch) -> None:
         if patch in self.patches:
             self.patches.remove(patch)
-        if not self.patches and self.model.__dict__.get("_patch_run") is self:
-            for handle in self.handles:
-                handle.remove()
-            for scheduler in self.watched.values():
-                del scheduler.set_timesteps, scheduler.step
-            self.watched.clear()
-            del self.model._patch_run
+        if not self.patches:
+            detach(self.model, self)
+            while self.watches:
+                self.watches.pop().leave(self)
 
-    # ---- the scheduler ------------------------------------------------------------------------------------------------
+    # ---- told by the scheduler ----------------------------------------------------------------------------------------
 
-    def _watch(self, scheduler) -> None:
-        if id(scheduler) in self.watched:
-            return
-        set_timesteps, step = scheduler.set_timesteps, scheduler.step
+    def begin(self, watch: Watch) -> None:
+        self._follow(watch.scheduler)
+        self.restart()
 
-        def starts(*args, **kwargs):
-            self.scheduler = scheduler
-            self.restart()
-            solver = self._solver()
-            return solver.set_timesteps(set_timesteps, *args, **kwargs) if solver else set_timesteps(*args, **kwargs)
+    def end_step(self, watch: Watch) -> None:
+        if watch is not self.watches[0]:
+            raise RuntimeError(TWO_PIPELINES)
+        self.stepped = True
 
-        def steps(*args, **kwargs):
-            if self.scheduler is not scheduler:
-                raise RuntimeError("two pipelines are driving one patched model at once; give each its own copy of the model")
-            self.stepped = True
-            solver = self._solver()
-            return solver.step(step, *args, **kwargs) if solver else step(*args, **kwargs)
-
-        scheduler.set_timesteps = _Uncopied(starts, wraps=set_timesteps)
-        scheduler.step = _Uncopied(steps, wraps=step)
-        self.watched[id(scheduler)] = scheduler
-
-    def _solver(self):
-        return next((patch.solver for patch in self.patches if patch.solver is not None), None)
+    def _follow(self, scheduler: Any) -> None:
+        """Let this scheduler drive the run. The one before is watched on only if it was left in mid-run."""
+        done = self.i < 0 or self.steps is None or (self.i == self.steps - 1 and self.stepped)
+        watch = Watch.of(scheduler)
+        if watch in self.watches:
+            self.watches.remove(watch)
+        else:
+            watch.runs.append(self)
+        self.watches.insert(0, watch)
+        while len(self.watches) > (1 if done else 2):
+            self.watches.pop().leave(self)
 
     def restart(self) -> None:
         """Forget the run: the next call of the model is step 0 of a new one."""
-        self.i, self.calls, self.stepped, self.steps = -1, 0, False, None
-        self.thread = self.last = None
-        self.shapes: dict[int, torch.Size] = {}
+        self.i, self.calls, self.stepped = -1, 0, False
+        self.steps: int | None = None
+        self.times: tuple[float, ...] = ()
+        self.thread = self.timestep = self.rows = None
+        self.seen: dict[tuple, tuple[int, torch.Size]] = {}
         for patch in self.patches:
             patch.begin_run()
 
-    # ---- the model ----------------------------------------------------------------------------------------------------
+    # ---- around the model ---------------------------------------------------------------------------------------------
 
-    def _before(self, module, args, kwargs):
-        here = threading.get_ident()
-        if self.thread not in (None, here) or not self.lock.acquire(blocking=False):
-            raise RuntimeError("one patched model is used from two threads; give each thread its own copy of the model")
-        self.thread = here
-        inputs = self.inputs(args, kwargs)
-        context = self._context(inputs)
-        changed = {}
+    def call(self, forward: Callable, *args, **kwargs) -> Any:
+        with self._entered():
+            context = self._context(self.inputs(args, kwargs))
+            self.result = None
+            rewrites = [(claim, patch, function) for patch in self.patches for claim, function in patch.rewrites]
+            out = self._run(forward, context, sorted(rewrites, key=lambda each: each[0]))
+            for patch in self.patches:
+                patch.drop()
+            wrapped, self.result = self._wrapped(out, context.inputs.get("return_dict", True)), None
+            return wrapped
+
+    def _run(self, forward: Callable, context: StepContext, rewrites: list[tuple]) -> Tensor:
+        for n, (_, patch, rewrite) in enumerate(rewrites):
+            patch.select(context)
+            if (made := rewrite(context)) is not None:
+                outputs = [self._run(forward, each, rewrites[n + 1:]) for each in made.calls]
+                patch.select(context)                     # what it keeps belongs to the call it was asked about
+                return made.finish(*outputs)
+        self.left_out = self.denoiser.left_out(context.inputs)
         for patch in self.patches:
-            changed |= patch.begin_call(context)
-        return ((), {**inputs, **changed}) if changed else None
+            patch.select(context)
+        for patch in self.patches:
+            patch.decide(context)
+        self.result = forward(**context.inputs)
+        for patch in self.patches:
+            patch.end_call(context, self.result[0])
+        return self.result[0]
 
-    def _after(self, module, args, output) -> None:
-        if self.lock.locked() and self.thread == threading.get_ident():
-            self.lock.release()
+    def _wrapped(self, out: Tensor, as_dict: bool) -> Any:
+        """`out` in the form in which the model gives its output, with what else it gave."""
+        if not as_dict:
+            return (out, *(self.result or ())[1:])
+        if self.result is not None:
+            self.form = type(self.result), next(iter(self.result))
+            setattr(self.result, self.form[1], out)
+            return self.result
+        return self.form[0](**{self.form[1]: out})
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        """One thread at a time, and one in a run. A thread that ended inside the model has left it."""
+        here = threading.get_ident()
+        with self.guard:
+            alive = {thread.ident for thread in threading.enumerate()}
+            if (self.busy not in (None, here) and self.busy in alive) or (self.watches and self.thread not in (None, here)):
+                raise RuntimeError("one patched model is used from two threads; give each thread its own copy of the model")
+            self.busy = self.thread = here
+        try:
+            yield
+        finally:
+            self.busy = None
 
     def inputs(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         """The arguments of a call of the model by name."""
@@ -177,45 +402,56 @@ class Run:
         return bound
 
     def _context(self, inputs: dict) -> StepContext:
-        sample = inputs["sample"] if "sample" in inputs else inputs["hidden_states"]
-        timestep = inputs.get("timestep")
-        pipes = [patch.pipe for patch in self.patches if patch.pipe is not None]
-        for pipe in pipes:
-            if id(pipe.scheduler) not in self.watched:             # replaced since the patch was applied, and already started
-                if self._solver():
-                    raise RuntimeError("the scheduler was replaced under a solver-level patch: apply the patch again")
-                self._watch(pipe.scheduler)
-                self.scheduler = pipe.scheduler
-                self.restart()
-                self.thread = threading.get_ident()
+        caller = find_caller(self.model)
+        pipe = caller.pipe if caller else next((patch.pipe for patch in self.patches if patch.pipe is not None), None)
+        sample, timestep = inputs[self.denoiser.latent], inputs.get(self.denoiser.time)
+        if pipe is not None:
+            self._check_scheduler(pipe.scheduler)
         if self.i < 0:
             self.i = 0
-            self.guided = _doubled(sample)
-            if pipes:
-                self.scheduler = self.scheduler or pipes[0].scheduler
-                self.steps = self._steps_from(timestep)
-        elif not pipes or self.stepped:
+            if pipe is not None:
+                self.times = self._times_from(timestep)
+                self.steps = len(self.times)
+        elif pipe is None or self.stepped:
             self.i, self.calls, self.stepped = self.i + 1, 0, False
             if self.steps is not None and self.i >= self.steps:
                 raise RuntimeError(f"step {self.i} of a run of {self.steps}: the patched model is called from outside its "
                                    "pipeline's run; call patch.reset(), or use a separate model")
         else:
             self.calls += 1
-            before_t, before_x = self.last
-            same = before_x.shape == sample.shape and torch.equal(before_x, sample) and bool(
-                torch.equal(torch.as_tensor(before_t), torch.as_tensor(timestep)))
-            if not same:
-                raise RuntimeError("the patched model was called twice in one step with different latents: two pipelines are "
-                                   "driving it, or it is used outside its run; give each its own copy of the model")
-        self.last = timestep, sample
-        fresh = self.shapes.get(self.calls) != sample.shape
-        self.shapes[self.calls] = sample.shape
-        if fresh and self.guided:                              # guidance may end during a run
-            self.guided = _doubled(sample)
-        return StepContext(self.i, self.steps, self.calls, fresh, self.guided, sample, timestep, inputs)
+            if _first(timestep) != _first(self.timestep):
+                raise RuntimeError(TWO_PIPELINES)
+        self.timestep = timestep
+        if self.calls == 0:
+            parts = parts_of(self.denoiser, caller)
+            parts = parts if len(sample) % len(parts) == 0 else ("cond",)
+            self.rows = Rows(parts, len(sample) // len(parts))
+        # an extra call of a step, such as one with layers skipped, carries the prompts once
+        rows = self.rows if len(sample) == len(self.rows.parts) * self.rows.prompts else Rows(("cond",), len(sample))
+        branch = (self.calls,)
+        fresh = _meet(self.seen, branch, self.i, sample)
+        t = self.times[self.i] if self.times else None
+        return StepContext(self.i, self.steps, self.times, t, self.calls, branch, fresh, rows, inputs, self.denoiser, self.seen)
 
-    def _steps_from(self, timestep) -> int:
-        """Steps of this run: those from the first timestep given to the model on (image-to-image starts late)."""
-        grid = self.scheduler.timesteps.double().cpu()
-        first = torch.as_tensor(timestep).double().cpu().flatten()[0] * self.timestep_scale
-        return len(grid) - int((grid - first).abs().argmin())
+    def _check_scheduler(self, scheduler: Any) -> None:
+        """Go over to another scheduler: replaced since the patch was applied, or of another pipeline, and already started."""
+        if self.watches and scheduler is self.watches[0].scheduler:
+            return
+        if any(scheduler is watch.scheduler for watch in self.watches):
+            raise RuntimeError(TWO_PIPELINES)
+        if any(patch.solver is not None for patch in self.patches):
+            raise RuntimeError("the scheduler was replaced under a solver-level patch: apply the patch again")
+        thread = self.thread
+        self._follow(scheduler)
+        self.restart()
+        self.thread = thread
+
+    def _times_from(self, timestep: Any) -> tuple[float, ...]:
+        """The timesteps of this run: those from the first one given to the model on (image-to-image starts late)."""
+        grid = self.watches[0].scheduler.timesteps.double().cpu()
+        first = _first(timestep) * self.denoiser.timestep_scale
+        return tuple(grid[int((grid - first).abs().argmin()):].tolist())
+
+
+def _first(timestep: Any) -> float:
+    return float(torch.as_tensor(timestep).flatten()[0])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from diffusers import (
     CogVideoXTransformer3DModel,
     DiTTransformer2DModel,
@@ -19,7 +20,9 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
-from torch import nn
+from torch import Tensor, nn
+
+STREAMS = ("hidden_states", "encoder_hidden_states")      # the first arguments of every block
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,9 @@ class Block:
     `level` is the downsampling level in a UNet and 0 elsewhere; `index` counts the blocks in execution order. `attn` is the
     self-attention and `norm` the module before it, whose first argument is the block's input. `stream` says what the
     attention is called with: "image" -> attn(x, ...) gives x; "joint" -> attn(hidden_states=x, encoder_hidden_states=text)
-    gives (x, text); "fused" -> attn(hidden_states=[text, x]), one sequence. `rotary`: positions enter inside the attention.
-    `temporal`: tokens are the frames at one place.
+    gives (x, text); "fused" -> attn(hidden_states=[text, x]), one sequence. `text_first`: where the text stands in the
+    sequence of the attention product. `rotary`: positions enter inside the attention. `temporal`: tokens are the frames at
+    one place. `returns`: what the block itself gives, among "image" and "text".
     """
 
     module: nn.Module
@@ -53,21 +57,72 @@ class Block:
     branches: tuple[Branch, ...]
     rotary: bool = False
     temporal: bool = False
+    text_first: bool = True
+    returns: tuple[str, ...] = ("image",)
+
+    @property
+    def chunked(self) -> bool:
+        """Whether the feed-forward is called in pieces (forward chunking)."""
+        return getattr(self.module, "_chunk_size", None) is not None
+
+    def parted(self, x: Tensor, tokens: int, dim: int = 2) -> tuple[Tensor, Tensor]:
+        """(image, text) of what runs along the tokens of the attention product, of which `tokens` are the image's."""
+        words = x.shape[dim] - tokens
+        return x.narrow(dim, words if self.text_first else 0, tokens), x.narrow(dim, 0 if self.text_first else tokens, words)
+
+    def joined(self, image: Tensor, text: Tensor, dim: int = 2) -> Tensor:
+        """The sequence of the attention product again, in which the image may have another length."""
+        return torch.cat([text, image] if self.text_first else [image, text], dim)
+
+    def streams(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """(image, text) of a call of the block; no text where it does not give any back."""
+        image, text = (args[i] if len(args) > i else kwargs.get(name) for i, name in enumerate(STREAMS))
+        return image, text if "text" in self.returns else None
+
+    def output(self, image: Tensor, text: Tensor | None) -> Tensor | tuple[Tensor | None, ...]:
+        """What the block gives for these streams."""
+        return image if len(self.returns) == 1 else tuple(image if name == "image" else text for name in self.returns)
+
+    def split(self, output: Tensor | tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:
+        """(image, text) of what the block gave."""
+        if len(self.returns) == 1:
+            return output, None
+        return output[self.returns.index("image")], output[self.returns.index("text")]
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A described model. `grid(inputs, block)` -> (frames, height, width) of the block's image tokens, for these inputs."""
+    """A described model.
+
+    `grid(inputs, block)` -> (frames, height, width) of the block's image tokens, for these inputs. `latent` and `time` name
+    the inputs of forward that hold them, `latent` (B, C, [F,] H, W) with its frames on axis `frame_axis`, or packed (B, N, C).
+    """
 
     family: str
     model: nn.Module
     blocks: tuple[Block, ...]
     grid: Callable[[dict[str, Any], Block], tuple[int, int, int]]
     block_classes: tuple[type, ...]                # compiled one by one
-    cond_first: bool = False                       # order of the guidance halves in a batch
+    latent: str = "hidden_states"
+    time: str = "timestep"
+    batched_guidance: bool = True                  # pipelines put the branches of guidance into one batch
+    cond_first: bool = False                       # order of these in the batch
     timestep_scale: float = 1.0                    # scheduler timestep / timestep given to the model
     unet: tuple[Stage, ...] = field(default=())    # the stages of a UNet in execution order
+    embed: nn.Module | None = None                 # of a transformer: called with [text and] latent, gives placed tokens
+    tail: nn.Module | None = None                  # of a transformer: what the tokens enter behind the last block
     head: nn.Module | None = None                  # of a transformer: the last projection, tokens to patches of the output
+    multiple: int = 1                              # the sides of a latent are multiples of this
+    frame_axis: int | None = None                  # of a video latent
+
+    def blocks_at(self, max_downsample: int) -> list[Block]:
+        """Blocks over the tokens of frames whose grid is at most so many times coarser than at full resolution."""
+        return [block for block in self.blocks if 2 ** block.level <= max_downsample and not block.temporal]
+
+    def left_out(self, inputs: dict[str, Any]) -> set[int]:
+        """Ids of the modules in those blocks that the inputs tell the model to pass over (skip-layer guidance)."""
+        layers = inputs.get("skip_layers") or ()
+        return {id(part) for block in self.blocks if block.index in layers for part in block.module.modules()}
 
     @property
     def parts(self) -> list[nn.Module]:
@@ -138,14 +193,15 @@ def _unet(model: UNet2DConditionModel) -> Denoiser:
         return 1, math.ceil(height / 2 ** block.level), math.ceil(width / 2 ** block.level)
 
     classes = tuple({type(block.module) for block in blocks})
-    return Denoiser("unet", model, tuple(blocks), grid, classes, unet=stages)
+    return Denoiser("unet", model, tuple(blocks), grid, classes, latent="sample", unet=stages, multiple=2 ** last)
 
 
 def _transformer(family: str, cond_first: bool = False) -> Callable[[nn.Module], Denoiser]:
     def row(model: nn.Module) -> Denoiser:
         blocks = tuple(_basic(module, i) for i, module in enumerate(model.transformer_blocks))
         head = model.proj_out_2 if family == "dit" else model.proj_out
-        return Denoiser(family, model, blocks, _patch_grid(model), (type(blocks[0].module),), cond_first, head=head)
+        return Denoiser(family, model, blocks, _patch_grid(model), (type(blocks[0].module),), cond_first=cond_first,
+                        embed=model.pos_embed, tail=model.norm_out, head=head, multiple=model.config.patch_size)
     return row
 
 
@@ -158,7 +214,8 @@ def _latte(model: LatteTransformer3DModel) -> Denoiser:
     def grid(inputs: dict, block: Block) -> tuple[int, int, int]:
         return (inputs["hidden_states"].shape[2], 1, 1) if block.temporal else spatial(inputs, block)
 
-    return Denoiser("latte", model, blocks, grid, (type(blocks[0].module),), head=model.proj_out)
+    return Denoiser("latte", model, blocks, grid, (type(blocks[0].module),), embed=model.pos_embed, tail=model.norm_out,
+                    head=model.proj_out, multiple=model.config.patch_size, frame_axis=2)
 
 
 def _sd3(model: SD3Transformer2DModel) -> Denoiser:
@@ -167,8 +224,10 @@ def _sd3(model: SD3Transformer2DModel) -> Denoiser:
         branches = [Branch("attn", module.attn), Branch("attn2", module.attn2), Branch("ff", module.ff),
                     Branch("ff_context", module.ff_context)]
         blocks.append(Block(module, i, 0, module.norm1, module.attn, None, module.ff, "joint",
-                            tuple(branch for branch in branches if branch.module is not None)))
-    return Denoiser("sd3", model, tuple(blocks), _patch_grid(model), (type(blocks[0].module),), head=model.proj_out)
+                            tuple(branch for branch in branches if branch.module is not None), text_first=False,
+                            returns=("text", "image")))
+    return Denoiser("sd3", model, tuple(blocks), _patch_grid(model), (type(blocks[0].module),), embed=model.pos_embed,
+                    tail=model.norm_out, head=model.proj_out, multiple=model.config.patch_size)
 
 
 def _flux(model: FluxTransformer2DModel) -> Denoiser:
@@ -176,10 +235,11 @@ def _flux(model: FluxTransformer2DModel) -> Denoiser:
     for module in model.transformer_blocks:
         branches = (Branch("attn", module.attn), Branch("ff", module.ff), Branch("ff_context", module.ff_context))
         blocks.append(Block(module, len(blocks), 0, module.norm1, module.attn, None, module.ff, "joint",
-                            branches, rotary=True))
+                            branches, rotary=True, returns=("text", "image")))
     for module in model.single_transformer_blocks:
         branch = Branch("total", module.proj_out, feeds=(module.attn, module.proj_mlp))
-        blocks.append(Block(module, len(blocks), 0, module.norm, module.attn, None, None, "fused", (branch,), rotary=True))
+        blocks.append(Block(module, len(blocks), 0, module.norm, module.attn, None, None, "fused", (branch,), rotary=True,
+                            returns=("text", "image")))
 
     def grid(inputs: dict, block: Block) -> tuple[int, int, int]:
         ids = inputs["img_ids"]                                  # (N, 3): frame, row, column of each packed token
@@ -187,12 +247,13 @@ def _flux(model: FluxTransformer2DModel) -> Denoiser:
         return ids.reshape(-1, 3).shape[0] // (height * width), height, width
 
     classes = tuple(dict.fromkeys(type(block.module) for block in blocks))
-    return Denoiser("flux", model, tuple(blocks), grid, classes, timestep_scale=1000.0, head=model.proj_out)
+    return Denoiser("flux", model, tuple(blocks), grid, classes, batched_guidance=False, timestep_scale=1000.0,
+                    tail=model.norm_out, head=model.proj_out)
 
 
 def _cogvideox(model: CogVideoXTransformer3DModel) -> Denoiser:
     blocks = tuple(Block(module, i, 0, module.norm1, module.attn1, None, module.ff, "joint",
-                         (Branch("attn", module.attn1), Branch("ff", module.ff)), rotary=True)
+                         (Branch("attn", module.attn1), Branch("ff", module.ff)), rotary=True, returns=("image", "text"))
                    for i, module in enumerate(model.transformer_blocks))
     p = model.config.patch_size
 
@@ -200,7 +261,17 @@ def _cogvideox(model: CogVideoXTransformer3DModel) -> Denoiser:
         _, frames, _, height, width = inputs["hidden_states"].shape
         return frames // (model.config.patch_size_t or 1), height // p, width // p
 
-    return Denoiser("cogvideox", model, blocks, grid, (type(blocks[0].module),), head=model.proj_out)
+    return Denoiser("cogvideox", model, blocks, grid, (type(blocks[0].module),), embed=model.patch_embed,
+                    tail=model.norm_final, head=model.proj_out, multiple=p, frame_axis=1)
+
+
+def check_downsample(max_downsample: int) -> None:
+    """
+    Raises:
+        ValueError: not a number of times by which the grid of a UNet can be coarser.
+    """
+    if max_downsample not in (1, 2, 4, 8):
+        raise ValueError(f"max_downsample={max_downsample} must be 1, 2, 4 or 8")
 
 
 ROWS: dict[type, Callable[[Any], Denoiser]] = {

@@ -1,273 +1,306 @@
 """Put a method on a model at module boundaries, and take it off again.
 
-A patch wraps modules with *around* functions, `around(forward, *args, **kwargs)`, which may change what goes in, what
-comes out, or not call `forward` at all. Every patched module holds one `Site`, an ordered list of arounds, so patches
-come off in any order. Arounds run inside compiled blocks and therefore decide nothing: what a step does is decided
-beforehand, on the host, by the functions given to `Patch.each_call`.
+A method says what it wants around which module, and what it decides before each call of the denoiser; nothing of the model
+changes until `Patch.on`, which puts all of it there or none. Arounds run inside compiled blocks and therefore decide nothing:
+what a step does is decided beforehand, on the host, by the functions given to `rewrite` and `each_call`.
 """
 from __future__ import annotations
 
 import functools
-import types
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from methods._core.context import Run, StepContext, split_target
-
-CACHE, TOKENS = 0, 1     # depth of an around: caches see the outside of a module, token reducers sit inside them
-
-
-class Site:
-    """The arounds of one module, outermost first, and the forward they end in."""
-
-    def __init__(self, module: nn.Module):
-        self.original = module.__dict__.get("forward")     # another library's instance-level forward, if any
-        self.forward = type(module).forward                 # held as a function: the compiler does not look it up on a class
-        self.arounds: list[tuple[int, Patch, Callable]] = []
-        self.opaque: Patch | None = None                    # computes the module itself, so nothing can sit inside it
-        self.closed: Patch | None = None                    # admits no other patch
-
-    def __deepcopy__(self, memo):
-        raise RuntimeError("a patched model cannot be copied: the copy would share its state; remove the patches "
-                           f"({', '.join(patch.name for _, patch, _ in self.arounds)}) first")
-
-
-def _patched_forward(module: nn.Module, *args, **kwargs):
-    return _call(module, 0, args, kwargs)
-
-
-def _call(module: nn.Module, depth: int, args: tuple, kwargs: dict):
-    site = module._patch_site
-    if depth < len(site.arounds):
-        return site.arounds[depth][2](functools.partial(_next, module, depth + 1), *args, **kwargs)
-    if site.original is not None:
-        return site.original(*args, **kwargs)
-    return site.forward(module, *args, **kwargs)
-
-
-def _next(module: nn.Module, depth: int, *args, **kwargs):
-    return _call(module, depth, args, kwargs)
-
-
-def _as_it_is(forward: Callable, *args, **kwargs):
-    return forward(*args, **kwargs)
+from methods._core.attention import at_product
+from methods._core.cache import Slot
+from methods._core.context import Rewrite, Run, StepContext, split_target
+from methods._core.denoiser import Block, describe
+from methods._core.site import Claim, attach, conflict, detach
 
 
 class Patch:
-    """Everything one method has put on one model; `with` or `remove()` takes it off, bit for bit.
+    """Everything one method puts on one model; `with` or `remove()` takes it off, bit for bit.
 
     Args:
         target: a diffusers pipeline, or its denoiser alone.
         name: the method's slug; one model carries a method once.
-        depth: `CACHE` or `TOKENS`, where its arounds stand among those of other patches on the same module.
+        edits: the method changes what is made and saves nothing, so that `report` asks whether it did something.
 
     Raises:
-        ValueError: the method is already on this model.
+        TypeError: neither a pipeline nor a denoiser this library knows.
     """
 
-    def __init__(self, target: Any, name: str, *, depth: int = CACHE):
+    def __init__(self, target: Any, name: str, *, edits: bool = False):
         self.pipe, self.model = split_target(target)
-        self.name, self.depth = name, depth
+        self.denoiser = describe(self.model)
+        self.name, self.edits = name, edits
         self.solver = None
-        self.alone = False          # whether no other patch may be on the model, see `stand_alone`
-        self.skipping = False       # whether this call leaves out the inside of the patched modules; set by caches
-        self.counts: Counter[str] = Counter()
-        self.features: list[Feature] = []
-        self._modules: list[nn.Module] = []
-        self._on_call: list[Callable[[StepContext], dict | None]] = []
+        self.counts: Counter[str] = Counter()               # what was done, by the method's own words, for `report`
+        self.rewrites: list[tuple[Claim, Callable[[StepContext], Rewrite | None]]] = []
+        self.run: Run | None = None
+        self._engages = False
+        self._claims: list[tuple[nn.Module, Claim, Callable | None]] = [(self.model, Claim.CALL, None)]
+        self._slots: list[Slot] = []
+        self._before: list[Callable[[StepContext], None]] = []
+        self._after: list[Callable[[StepContext, Tensor], None]] = []
         self._on_run: list[Callable[[], None]] = []
-        self.run = Run.of(self.model)
-        if any(other.name == name for other in self.run.patches):
-            raise ValueError(f"{name} is already on this {type(self.model).__name__}: remove it before applying it again")
-        for other in self.run.patches:
-            if other.alone:
-                raise ValueError(f"{name} and {other.name} cannot stack: {other.name} runs the model in ways of its own")
-        self.run.add(self)
+        self._why: Callable[[], str] | None = None
+        self._skipped: set[int] = set()
+        self._bytes: int | None = None
+        self._dropped = 0
+        self._tally = [0.0, 0.0]
+        self._context: StepContext | None = None            # of the call that was begun last
+        self._met: dict[tuple, int] = {}                    # the step in which each branch was last called
 
-    # ---- wiring, used by methods --------------------------------------------------------------------------------------
+    # ---- wiring, used by methods before `on` --------------------------------------------------------------------------
 
-    def around(self, module: nn.Module, function: Callable, *, opaque: bool = False, closed: bool = False) -> None:
-        """Call `function(forward, *args, **kwargs)` in place of `module.forward`.
+    def around(self, module: nn.Module, function: Callable, claim: Claim = Claim.OUTPUT) -> None:
+        """Call `function(forward, *args, **kwargs)` in place of `module.forward`, claiming `claim` of the module."""
+        self._claims.append((module, claim, function))
 
-        `opaque` if it never calls `forward`, so that nothing can stand inside; `closed` if tokens come in numbers that the
-        stored outputs of others would not fit, so that nothing else can stand on the module.
+    def attend(self, attn: nn.Module, function: Callable, claim: Claim = Claim.INSIDE) -> None:
+        """Call `function(product, q, k, v, **more)` in place of the attention product of `attn`; see `at_product`."""
+        self.around(attn, at_product(function), claim)
 
-        Raises:
-            ValueError: it cannot stack with a patch already on this module: both would cache it, both reduce its tokens, one
-                is opaque with the other inside, or one is closed.
+    def claim(self, modules: Iterable[nn.Module], claim: Claim) -> None:
+        """Leave `modules` as they are, but claim them."""
+        self._claims += [(module, claim, None) for module in modules]
+
+    def rewrite(self, function: Callable[[StepContext], Rewrite | None], claim: Claim) -> None:
+        """Ask `function(context)` on the host, before any call of the denoiser, whether to make other calls in its place.
+
+        `claim` says what of the call it changes, SOLVER, GUIDANCE, CROP or SKIP, and is the order in which patches are asked.
         """
-        site = module.__dict__.get("_patch_site")
-        if site is None:
-            site = Site(module)
-            module._patch_site = site
-            module.forward = types.MethodType(_patched_forward, module)
-        for depth, other, _ in site.arounds:
-            if other is self:
-                continue
-            outer = next((patch for patch in (self if opaque else None, site.opaque) if patch and patch.depth == CACHE), None)
-            shut = self if closed else site.closed
-            reason = None
-            if depth == self.depth:
-                reason = "both cache the output of" if depth == CACHE else "both reduce the tokens of"
-            elif shut:
-                reason = f"{shut.name} changes how many tokens pass through"
-            elif outer:
-                reason = f"{outer.name} computes the inside of"
-            if reason:
-                self.remove()
-                raise ValueError(f"{self.name} and {other.name} cannot stack: {reason} the same {type(module).__name__}")
-        site.arounds.append((self.depth, self, function))
-        site.arounds.sort(key=lambda entry: entry[0])
-        site.opaque = self if opaque else site.opaque
-        site.closed = self if closed else site.closed
-        self._modules.append(module)
+        self.rewrites.append((claim, function))
+        self.claim([self.model], claim)
 
-    def guard(self, modules: Iterable[nn.Module], *, closed: bool = True) -> None:
-        """Leave `modules` as they are and refuse patches of the same depth on them, and of any if `closed`.
+    def each_call(self, function: Callable[[StepContext], None]) -> None:
+        """Run `function(context)` on the host before every call of the denoiser, as it will really be made."""
+        self._before.append(function)
 
-        Raises:
-            ValueError: such a patch already stands on one of them.
-        """
-        for module in modules:
-            self.around(module, _as_it_is, closed=closed)
-
-    def stand_alone(self) -> None:
-        """Refuse every other patch on the model, there already or to come.
-
-        Raises:
-            ValueError: another patch is there.
-        """
-        self.alone = True
-        for other in self.run.patches:
-            if other is not self:
-                self.remove()
-                raise ValueError(f"{self.name} and {other.name} cannot stack: {self.name} runs the model in ways of its own")
-
-    def reaches(self, module: nn.Module) -> bool:
-        """Whether this call of the denoiser will run `module`, given what the caches on the model skip."""
-        return not any(patch.skipping and id(module) in patch.inside for patch in self.run.patches)
-
-    @functools.cached_property
-    def inside(self) -> set[int]:
-        """Ids of the patched modules and of everything in them."""
-        return {id(part) for module in self._modules for part in module.modules()}
-
-    def each_call(self, function: Callable[[StepContext], dict | None]) -> None:
-        """Run `function(context)` on the host before every call of the denoiser; it may return inputs to replace, by name."""
-        self._on_call.append(function)
-
-    def solve(self, solver: Any) -> None:
-        """Let `solver.set_timesteps(call, ...)` and `solver.step(call, ...)` stand around those methods of the scheduler.
-
-        Raises:
-            ValueError: another patch already does.
-        """
-        for other in self.run.patches:
-            if other.solver is not None:
-                raise ValueError(f"{self.name} and {other.name} cannot stack: both replace the steps of the solver")
-        self.solver = solver
+    def after_call(self, function: Callable[[StepContext, Tensor], None]) -> None:
+        """Run `function(context, output)` on the host after every call of the denoiser."""
+        self._after.append(function)
 
     def each_run(self, function: Callable[[], None]) -> None:
         """Run `function()` when a new sampling run starts and when the patch is reset."""
         self._on_run.append(function)
 
-    def feature(self) -> Feature:
-        """A new slot for a cached module output, emptied at every run and counted in `report()`."""
-        self.features.append(Feature())
-        return self.features[-1]
+    def solve(self, solver: Any) -> None:
+        """Let `solver.set_timesteps(call, ...)` and `solver.step(call, ...)` stand around those methods of the scheduler."""
+        self.solver = solver
+
+    def slot(self) -> Slot:
+        """A new place to keep a value for each branch, emptied at every run and counted in `report()`."""
+        made = Slot()
+        self._slots.append(made)
+        made.dtype = self._slots[0].dtype
+        if self._context is not None:                       # made within a call
+            made.select(self._context.branch, stale=False)
+        return made
+
+    def explain(self, function: Callable[[], str]) -> None:
+        """Let `function()` say in `report()` why nothing was saved."""
+        self._why = function
 
     def require(self, found: Iterable, what: str) -> list:
-        """`found` as a list; when it is empty, remove the patch and raise ValueError naming `what` was looked for."""
+        """`found` as a list.
+
+        Raises:
+            ValueError: it is empty; names `what` was looked for.
+        """
         found = list(found)
         if not found:
-            self.remove()
             raise ValueError(f"{self.name}: this {type(self.model).__name__} has no {what}, so nothing would change")
         return found
 
+    def blocks_at(self, max_downsample: int, where: Callable[[Block], bool] | None = None, what: str = "") -> list[Block]:
+        """`Denoiser.blocks_at`, of which those `where` says so.
+
+        Raises:
+            ValueError: there is none (SDXL has none at full resolution: use `max_downsample=2`).
+        """
+        return self.require(filter(where, self.denoiser.blocks_at(max_downsample)),
+                            f"self-attention{what} at a downsampling of {max_downsample} or less")
+
     def require_pipeline(self) -> None:
-        """On a bare model, which does not say how many steps a run has, remove the patch and raise ValueError."""
+        """
+        Raises:
+            ValueError: the target is a bare model, which does not say how many steps a run has.
+        """
         if self.pipe is None:
-            self.remove()
             raise ValueError(f"{self.name} follows the steps of a run: apply it to the pipeline, not to the bare model")
+
+    def on(self) -> Patch:
+        """Put it on the model, all or nothing. -> itself
+
+        Raises:
+            ValueError: the method is already on this model, or makes claims that another patch on it does not admit.
+        """
+        there = Run.on(self.model)
+        for other in there.patches if there else ():
+            if other.name == self.name:
+                raise ValueError(f"{self.name} is already on this {type(self.model).__name__}: remove it before applying it "
+                                 "again")
+            self._check(other)
+        try:
+            self.run = Run.of(self.denoiser)
+            for module, claim, function in self._claims:
+                if function is not None:
+                    attach(module, self, claim, function)
+            self.run.add(self)
+            self._engages = True
+        except BaseException:
+            self.remove()
+            raise
+        return self
+
+    def _check(self, other: Patch) -> None:
+        theirs: dict[int, list[Claim]] = {}
+        for module, claim, _ in other._claims:
+            theirs.setdefault(id(module), []).append(claim)
+        for module, claim, _ in self._claims:
+            for that in theirs.get(id(module), ()):
+                if reason := conflict(claim, self.name, that, other.name):
+                    raise ValueError(f"{self.name} and {other.name} cannot stack: {reason} the same {type(module).__name__}")
+
+    # ---- on the host, during a run ------------------------------------------------------------------------------------
+
+    @property
+    def order(self) -> Claim:
+        """Its place among the patches that are told of a call: the outermost claim it makes."""
+        return min((claim for _, claim, _ in self._claims if claim != Claim.CALL), default=Claim.LOOK)
+
+    def skips(self, modules: Iterable[nn.Module]) -> None:
+        """Say, in `each_call`, that this call of the denoiser will not run the inside of these patched modules."""
+        self._skipped.update(map(id, modules))
+
+    def reaches(self, module: nn.Module) -> bool:
+        """Whether this call of the denoiser will run `module`, given what the caches on the model, and the pipeline, skip."""
+        return id(module) not in self.run.left_out and not any(
+            patch._skipped and not patch._skipped.isdisjoint(patch._holders.get(id(module), ())) for patch in self.run.patches)
+
+    @functools.cached_property
+    def _holders(self) -> dict[int, set[int]]:
+        """Id of each module -> ids of the patched modules that it is or lies in."""
+        holders: dict[int, set[int]] = {}
+        for module, _, function in self._claims:
+            for part in module.modules() if function is not None else ():
+                holders.setdefault(id(part), set()).add(id(module))
+        return holders
+
+    def tally(self, saved: float, of: float) -> None:
+        """Add to what was saved of what the plain run computes: module calls, tokens, rows or evaluations, in one unit."""
+        self._tally[0] += saved
+        self._tally[1] += of
+
+    def begin_run(self) -> None:
+        self.counts.clear()
+        self._tally, self._dropped, self._context = [0.0, 0.0], 0, None
+        self._met.clear()
+        for slot in self._slots:
+            slot.clear()
+        for function in self._on_run:
+            function()
+
+    def select(self, context: StepContext) -> None:
+        """Turn all slots to the branch of this call, empty if it is fresh and met for the first time in its step."""
+        stale = context.fresh and self._met.get(context.branch) != context.i
+        self._context, self._met[context.branch] = context, context.i
+        self._skipped.clear()
+        for slot in self._slots:
+            slot.select(context.branch, stale)
+
+    def decide(self, context: StepContext) -> None:
+        for function in self._before:
+            function(context)
+
+    def end_call(self, context: StepContext, output: Tensor) -> None:
+        for function in self._after:
+            function(context, output)
+
+    def drop(self) -> None:
+        """Empty the slots, from the last, that do not fit into the limit."""
+        if self._bytes is None:
+            return
+        kept: dict[int, int] = {}
+        for slot in self._slots:
+            more = {id(x): x.numel() * x.element_size() for x in slot.tensors()}
+            if sum((kept | more).values()) > self._bytes:
+                slot.clear()
+                self._dropped += 1
+            else:
+                kept |= more
 
     # ---- what a user calls --------------------------------------------------------------------------------------------
 
     @property
     def off(self) -> bool:
-        """True when the configuration engages nothing."""
-        return not (self._modules or self._on_call)
+        """True when the configuration engages nothing, so that nothing was put on the model."""
+        return not self._engages
+
+    def limit(self, *, bytes: int | None = None, dtype: torch.dtype | None = None) -> Patch:
+        """Bound what is kept from step to step, and keep its floating-point tensors in `dtype`. -> itself
+
+        What does not fit into `bytes` is not kept but computed, module by module. The bound holds between calls of the model.
+
+        Raises:
+            ValueError: `bytes` is negative, or `dtype` is not a floating-point type.
+        """
+        if bytes is not None and bytes < 0:
+            raise ValueError(f"bytes={bytes} must not be negative")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype={dtype} must be a floating-point type")
+        self._bytes = bytes
+        for slot in self._slots:
+            slot.clear()
+            slot.dtype = dtype
+        return self
 
     def reset(self) -> None:
         """Forget everything remembered between steps. A pipeline does it by itself; on a bare model, call it before a run."""
-        self.run.restart()
+        if self.run is not None:
+            self.run.restart()
 
     def report(self) -> dict[str, Any]:
-        """What the patch did since the last run began: its state, module calls counted by kind, cached bytes."""
-        state = "off" if self.off else "engaged" if self.counts else "idle"
-        return {"method": self.name, "state": state, "modules": len(self._modules), **self.counts,
-                "cached_bytes": sum(feature.bytes for feature in self.features)}
+        """What the patch did since the last run began.
+
+        `state` is "off" where the configuration engages nothing, "idle" before a run, "engaged" if something was saved, else
+        "no gain", with the `reason`. `saved` is the share of module calls, tokens, rows or evaluations that was left out.
+        What the method counts follows by its own words, then the bytes kept.
+        """
+        saved, of = self._tally
+        acted = bool(self.counts) if self.edits else saved > 0
+        state = "off" if self.off else "engaged" if acted else "no gain" if of or self.counts else "idle"
+        found: dict[str, Any] = {"method": self.name, "state": state}
+        if state == "no gain":
+            found["reason"] = self._reason()
+        if not self.edits:
+            found["saved"] = round(saved / of, 4) if of else 0.0
+        kept = {id(x): x.numel() * x.element_size() for slot in self._slots for x in slot.tensors()}
+        return found | dict(self.counts) | {"cached_bytes": sum(kept.values())}
+
+    def _reason(self) -> str:
+        if self._dropped:
+            return f"what it keeps does not fit into the limit of {self._bytes} bytes"
+        if self._context is not None and self._context.steps == 1:
+            return "the run has one step"
+        return self._why() if self._why else "nothing was left out in this run"
 
     def remove(self) -> None:
         """Take the patch off. Calling it twice is harmless; other patches stay."""
-        for module in self._modules:
-            site = module._patch_site
-            site.arounds = [entry for entry in site.arounds if entry[1] is not self]
-            site.opaque = None if site.opaque is self else site.opaque
-            site.closed = None if site.closed is self else site.closed
-            ours = getattr(module.__dict__.get("forward"), "__func__", None) is _patched_forward
-            if not site.arounds and ours:            # else another library wraps our forward: leave it, it passes through
-                del module._patch_site, module.forward
-                if site.original is not None:
-                    module.forward = site.original
-        self._modules = []
-        self.run.drop(self)
-
-    def begin_run(self) -> None:
-        self.counts.clear()
-        for feature in self.features:
-            feature.clear()
-        for function in self._on_run:
-            function()
-
-    def begin_call(self, context: StepContext) -> dict[str, Any]:
-        for feature in self.features:
-            feature.select(context)
-        changed = {}
-        for function in self._on_call:
-            changed |= function(context) or {}
-        return changed
+        for module, _, function in self._claims:
+            if function is not None:
+                detach(module, self)
+        run, self.run = self.run, None
+        if run is not None:
+            run.drop(self)
 
     def __enter__(self) -> Patch:
         return self
 
     def __exit__(self, *_) -> None:
         self.remove()
-
-
-class Feature:
-    """The last output of one module: a tensor or a tuple of tensors, kept apart for each guidance branch."""
-
-    def __init__(self):
-        self.value: Tensor | tuple[Tensor, ...] | None = None
-        self._branch, self._others = 0, {}
-
-    def select(self, context: StepContext) -> None:
-        """Switch to the slot of the branch now called; a slot filled for another shape is dropped."""
-        if context.branch != self._branch:
-            self._others[self._branch] = self.value
-            self._branch, self.value = context.branch, self._others.pop(context.branch, None)
-        if context.fresh:
-            self.value = None
-
-    def clear(self) -> None:
-        self.value, self._branch = None, 0
-        self._others.clear()
-
-    @property
-    def bytes(self) -> int:
-        slots = [self.value, *self._others.values()]
-        tensors = [t for slot in slots if slot is not None for t in (slot if isinstance(slot, tuple) else (slot,))]
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)

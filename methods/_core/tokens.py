@@ -4,11 +4,12 @@ A plan sends every position of a sequence to a row of a shorter one (`segments`)
 each row, `plan.drop` keeps one of them as it is, `plan.restore` copies each row back to its positions. `plan.owner` is the
 position a row stands for, so that whatever belongs to positions (rotary embeddings) can be gathered along.
 
-`match_plan` pairs sources with destinations by cosine and cuts the list of pairs; `merge_plan` is the cut alone, for other
-scores; `join_plan` is the plan in which given positions join given others.
+`partition` divides a grid into sources and destinations. `match_plan` pairs them by cosine and cuts the list of pairs;
+`merge_plan` is the cut alone, for other scores; `join_plan` is the plan in which given positions join given others.
 """
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -39,9 +40,40 @@ class Plan(NamedTuple):
         return unmerge(y, self.segments)
 
 
+def destinations(frames: int, height: int, width: int, stride: int, random: torch.Generator | None) -> Tensor:
+    """Partition: one position in each full stride x stride cell of each frame, random or (None) the top-left one. -> (D,)
+
+    Raises:
+        ValueError: no cell fits the grid.
+    """
+    rows, cols = height // stride, width // stride
+    if not rows * cols:
+        raise ValueError(f"stride={stride} is more than the grid of {height} x {width} tokens")
+    pick = torch.zeros(frames, rows, cols, dtype=torch.long)
+    if random is not None:
+        pick = torch.randint(stride * stride, pick.shape, generator=random)
+    frame = torch.arange(frames)[:, None, None] * height * width
+    y = torch.arange(rows)[:, None] * stride + pick // stride
+    x = torch.arange(cols) * stride + pick % stride
+    return (frame + y * width + x).flatten()
+
+
 def others(positions: Tensor, tokens: int) -> Tensor:
     """The positions of 0 to `tokens` - 1 that are not among `positions` (K,), ascending."""
     return torch.ones(tokens, dtype=torch.bool).index_fill_(0, positions, False).nonzero().squeeze(1)
+
+
+def reduction(tokens: int, dst: int, ratio: float) -> int:
+    """How many of `tokens` are merged away when `dst` of them are destinations."""
+    return min(int(tokens * ratio), tokens - dst)
+
+
+def partition(grid: tuple[int, int, int], stride: int, random: torch.Generator | None, device: torch.device
+              ) -> tuple[Tensor, Tensor]:
+    """Sources and destinations of a grid (frames, height, width), ascending positions on `device`. -> (S,), (D,)"""
+    dst = destinations(*grid, stride, random).sort().values
+    src = others(dst, prod(grid))
+    return src.to(device), dst.to(device)
 
 
 def match_plan(x: Tensor, src: Tensor, dst: Tensor, r: int, *, shared: bool = False) -> Plan:

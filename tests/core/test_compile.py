@@ -1,8 +1,8 @@
 """With a patch on, the repeated blocks still compile whole, and few times, on a model of 16 blocks."""
-import contract
 import pytest
 import torch
-from families import FAMILIES
+from contracts import patch as contract
+from families import FAMILIES, Family
 from torch._dynamo.utils import counters
 
 from methods import (
@@ -101,7 +101,7 @@ def test_other_families_compile_whole(name, method):
     eager, pipe = family.pipe(), family.pipe()
     with method.apply(eager):
         expected = family.run(eager)
-    compile_blocks(getattr(pipe, "unet", None) or pipe.transformer)
+    compile_blocks(Family.model(pipe))
     with method.apply(pipe):
         torch.testing.assert_close(family.run(pipe), expected, atol=1e-3, rtol=1e-2)
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
@@ -113,7 +113,7 @@ def test_blocks_that_run_at_several_sizes_compile_whole(name):
     eager, pipe = family.pipe(), family.pipe()
     with highlight_diffusion.apply(eager, config):
         expected = family.run(eager, steps=STEPS)
-    compile_blocks(getattr(pipe, "unet", None) or pipe.transformer)
+    compile_blocks(Family.model(pipe))
     with highlight_diffusion.apply(pipe, config) as patch:
         torch.testing.assert_close(family.run(pipe, steps=STEPS), expected, atol=1e-3, rtol=1e-2)
         assert patch.report()["partial"] > 0

@@ -1,15 +1,16 @@
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
-from families import FAMILIES
+from families import FAMILIES, Family
 
 from methods._core.patch import Patch
 
 
 def contexts(pipe, run):
     seen = []
-    with Patch(pipe, "watch") as patch:
-        patch.each_call(seen.append)
+    patch = Patch(pipe, "watch")
+    patch.each_call(seen.append)
+    with patch.on():
         run()
     return seen
 
@@ -19,7 +20,8 @@ def test_steps_are_counted_from_both_ends(name):
     family = FAMILIES[name]
     pipe = family.pipe()
     seen = contexts(pipe, lambda: family.run(pipe, steps=5))
-    assert [(c.i, c.left, c.steps, c.branch) for c in seen] == [(i, 4 - i, 5, 0) for i in range(5)]
+    assert [(c.i, c.left, c.steps, c.branch) for c in seen] == [(i, 4 - i, 5, (0,)) for i in range(5)]
+    assert all(c.times == tuple(pipe.scheduler.timesteps[:5].tolist()) and c.t == c.times[c.i] for c in seen)
     assert [c.fresh for c in seen] == [True, False, False, False, False]
     assert all(c.guided == (name != "flux") for c in seen)
 
@@ -55,7 +57,7 @@ def test_sequential_guidance_is_two_branches_of_one_step():
             y = scheduler.step(outs[1] + 2 * (outs[0] - outs[1]), t, y, return_dict=False)[0]
 
     seen = contexts(pipe, run)
-    assert [(c.i, c.branch, c.fresh) for c in seen] == [(i, b, i == 0) for i in range(3) for b in (0, 1)]
+    assert [(c.i, c.branch, c.fresh) for c in seen] == [(i, (b,), i == 0) for i in range(3) for b in (0, 1)]
 
 
 def test_either_half_order_and_no_guidance_are_told_apart():
@@ -81,8 +83,9 @@ def test_a_changed_batch_in_mid_run_is_fresh():
 def test_a_bare_model_counts_its_calls_until_reset():
     model, seen = FAMILIES["dit"].pipe().transformer, []
     x, t, label = torch.randn(1, 4, 16, 16), torch.tensor([5]), torch.tensor([1])
-    with Patch(model, "watch") as patch:
-        patch.each_call(lambda c: seen.append((c.i, c.fresh, c.steps)))
+    patch = Patch(model, "watch")
+    patch.each_call(lambda c: seen.append((c.i, c.fresh, c.steps)))
+    with patch.on():
         model(x, t, label)
         model(hidden_states=x, timestep=t, class_labels=label)
         patch.reset()
@@ -92,7 +95,7 @@ def test_a_bare_model_counts_its_calls_until_reset():
 
 def test_calls_beyond_the_run_are_refused():
     pipe = FAMILIES["dit"].pipe()
-    with Patch(pipe, "watch"):
+    with Patch(pipe, "watch").on():
         FAMILIES["dit"].run(pipe, steps=2)
         with pytest.raises(RuntimeError, match="called from outside its pipeline's run"):
             pipe.transformer(torch.randn(1, 4, 16, 16), torch.tensor([5]), torch.tensor([1]))
@@ -104,7 +107,7 @@ def test_the_latent_grid_is_read_not_guessed():
     for name, family in FAMILIES.items():
         from methods._core.denoiser import describe
         pipe = family.pipe()
-        denoiser = describe(getattr(pipe, "unet", None) or pipe.transformer)
+        denoiser = describe(Family.model(pipe))
         seen = contexts(pipe, lambda family=family, pipe=pipe: family.run(pipe, steps=1, size=family.sizes[1]))
         grids[name] = denoiser.grid(seen[0].inputs, denoiser.blocks[0])
     assert grids == {"unet": (1, 16, 24), "sdxl": (1, 8, 12), "dit": (1, 8, 8), "pixart": (1, 8, 12), "sd3": (1, 8, 12),

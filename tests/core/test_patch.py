@@ -1,12 +1,14 @@
 """The patch itself, with the cases that a registry of hooks gets wrong."""
 import copy
+import pickle
 
 import pytest
 import torch
 from families import FAMILIES
 
 from methods import fora, tome
-from methods._core.patch import TOKENS, Patch
+from methods._core.patch import Patch
+from methods._core.site import Claim
 
 
 @pytest.fixture
@@ -30,9 +32,10 @@ def passing(forward, *args, **kwargs):
 @pytest.mark.parametrize("first_off", [0, 1])
 def test_patches_come_off_in_any_order(model, first_off):
     plain, attn = call(model), model.transformer_blocks[1].attn1
-    patches = [Patch(model, "outer"), Patch(model, "inner", depth=TOKENS)]
-    for patch, factor in zip(patches, (2.0, 0.25), strict=True):
-        patch.around(attn, scaled(factor))
+    patches = [Patch(model, "outer"), Patch(model, "inner")]
+    for patch, factor, claim in zip(patches, (2.0, 0.25), (Claim.OUTPUT, Claim.TOKENS), strict=True):
+        patch.around(attn, scaled(factor), claim)
+        patch.on()
     both = call(model)
     patches[first_off].remove()
     one = call(model)
@@ -51,20 +54,22 @@ def test_caches_stand_outside_token_reducers_whatever_the_order(model):
             return forward(*args, **kwargs)
         return around
 
-    with Patch(model, "tokens", depth=TOKENS) as tokens, Patch(model, "cache") as cache:
-        tokens.around(attn, note("tokens"))
-        cache.around(attn, note("cache"))
+    tokens, cache = Patch(model, "tokens"), Patch(model, "cache")
+    tokens.around(attn, note("tokens"), Claim.TOKENS)
+    cache.around(attn, note("cache"), Claim.OUTPUT)
+    with tokens.on(), cache.on():
         call(model)
     assert order == ["cache", "tokens"]
 
 
 def test_a_failed_application_leaves_nothing(model):
     plain, attn = call(model), model.transformer_blocks[0].attn1
-    with Patch(model, "one") as one:
-        one.around(attn, passing)
-        two = Patch(model, "two")
+    one, two = Patch(model, "one"), Patch(model, "two")
+    one.around(attn, passing)
+    two.around(attn, passing)
+    with one.on():
         with pytest.raises(ValueError, match="two and one cannot stack: both cache the output"):
-            two.around(attn, passing)
+            two.on()
         assert one.run.patches == [one]
     assert torch.equal(call(model), plain)
 
@@ -75,8 +80,9 @@ def test_another_librarys_forward_is_kept(model):
     before = attn.forward
     attn.forward = lambda *args, **kwargs: before(*args, **kwargs) * 3
     theirs = call(model)
-    with Patch(model, "ours") as patch:
-        patch.around(attn, passing)
+    patch = Patch(model, "ours")
+    patch.around(attn, passing)
+    with patch.on():
         assert torch.equal(call(model), theirs)
     assert torch.equal(call(model), theirs)
 
@@ -85,19 +91,22 @@ def test_a_forward_put_over_ours_survives_our_removal(model):
     plain, attn = call(model), model.transformer_blocks[0].attn1
     patch = Patch(model, "ours")
     patch.around(attn, scaled(0.5))
+    patch.on()
     ours = attn.forward
     attn.forward = lambda *args, **kwargs: ours(*args, **kwargs)
     patch.remove()
     assert torch.equal(call(model), plain)
-    with Patch(model, "again") as again:
-        again.around(attn, scaled(0.5))
+    again = Patch(model, "again")
+    again.around(attn, scaled(0.5))
+    with again.on():
         assert not torch.equal(call(model), plain)
     assert torch.equal(call(model), plain)
 
 
 def test_an_unpatched_copy_has_its_own_weights(model):
-    with Patch(model, "ours") as patch:
-        patch.around(model.transformer_blocks[0].attn1, passing)
+    patch = Patch(model, "ours")
+    patch.around(model.transformer_blocks[0].attn1, passing)
+    with patch.on():
         with pytest.raises(RuntimeError, match="cannot be copied"):
             copy.deepcopy(model)
         with pytest.raises(RuntimeError, match="cannot be copied"):
@@ -108,13 +117,18 @@ def test_an_unpatched_copy_has_its_own_weights(model):
     assert not torch.equal(call(twin), call(model))
 
 
-def test_a_patched_scheduler_is_not_copied_half():
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))])
+def test_a_copy_of_a_watched_scheduler_is_a_plain_one(duplicate):
+    """Some pipelines step a copy of their scheduler for a second latent."""
     pipe = FAMILIES["dit"].pipe()
-    with fora.apply(pipe):
-        with pytest.raises(RuntimeError, match="cannot be copied"):
-            copy.deepcopy(pipe.scheduler)
-        assert copy.deepcopy(pipe.scheduler.config)
-    copy.deepcopy(pipe.scheduler)
+    plain = type(pipe.scheduler)
+    with fora.apply(pipe) as patch:
+        assert isinstance(pipe.scheduler, plain) and type(pipe.scheduler).__name__ == plain.__name__
+        FAMILIES["dit"].run(pipe, steps=3)
+        before, twin = patch.report(), duplicate(pipe.scheduler)
+        twin.set_timesteps(7)
+        assert patch.report() == before and len(pipe.scheduler.timesteps) == 3 and len(twin.timesteps) == 7
+    assert type(pipe.scheduler) is plain and "_patch_watch" not in vars(pipe.scheduler)
 
 
 def test_not_a_pipeline_is_named():

@@ -1,6 +1,6 @@
-import contract
 import pytest
 import torch
+from contracts import patch as contract
 from families import FAMILIES
 
 from accel_kernels.distance_match import distance_match

@@ -1,12 +1,11 @@
-import contract
 import pytest
 import torch
+from contracts import patch as contract
 from diffusers import UNet2DConditionModel
-from families import FAMILIES
+from families import FAMILIES, Family
 
 from accel_tools.macs import count_macs
 from methods import at_edm
-from methods._core.attention import heads
 from methods._core.denoiser import describe
 
 
@@ -87,7 +86,7 @@ def plans_of(monkeypatch, name, config, fuse=False, **run):
     family, inputs, plans, found = FAMILIES[name], [], [], []
     pipe, prune = family.pipe(), at_edm.prune
     monkeypatch.setattr(at_edm, "prune", lambda *args: plans.append(prune(*args)) or plans[-1])
-    model = getattr(pipe, "unet", None) or pipe.transformer
+    model = Family.model(pipe)
     if fuse:
         model.fuse_qkv_projections()
     firsts = [each.blocks[0].attn for each in at_edm.transformers(describe(model))]
@@ -96,7 +95,7 @@ def plans_of(monkeypatch, name, config, fuse=False, **run):
     with at_edm.apply(pipe, config):
         out = family.run(pipe, steps=2, **run)
     for attn, x in inputs:
-        found.append([heads(projection(x), attn) for projection in (attn.to_q, attn.to_k)])
+        found.append([projection(x).unflatten(2, (attn.heads, -1)).transpose(1, 2) for projection in (attn.to_q, attn.to_k)])
     assert len(plans) == len(found) == 2 * len(firsts)
     return list(zip(found, plans, strict=True)), out
 

@@ -1,9 +1,10 @@
-import contract
 import pytest
 import torch
+from contracts import patch as contract
 from families import FAMILIES
 
 from methods import ca_tome, tome
+from methods._core.cache import Slot
 from methods._core.denoiser import describe
 from methods._core.tokens import match_plan
 
@@ -63,7 +64,7 @@ def test_pairs_are_kept_until_the_next_checkpoint_and_forgotten_between_runs():
 
 def kept(module):
     site = module.__dict__.get("_patch_site")
-    layer = site.arounds[0][2].__self__ if site else None
+    layer = next((f.__self__ for _, _, f in site.arounds if isinstance(f.__self__, ca_tome._Layer)), None) if site else None
     return layer.kept.value if layer is not None and layer.block.attn is module else ()
 
 
@@ -97,7 +98,7 @@ def test_matching_in_every_step_is_tome_cut_at_the_threshold(monkeypatch):
 
 def test_only_pairs_above_the_threshold_merge_where_the_sample_decides():
     x, src, dst = torch.randn(1, 48, 4), torch.arange(12, 48), torch.arange(12)
-    layer = ca_tome._Layer(describe(FAMILIES["unet"].pipe().unet).blocks[0], ca_tome.Feature(), 0.5)
+    layer = ca_tome._Layer(describe(FAMILIES["unet"].pipe().unet).blocks[0], Slot(), 0.5)
     layer.src, layer.dst = src, dst
     plan = layer.pair(x)
     unit = x[0] / x[0].norm(dim=-1, keepdim=True)

@@ -1,11 +1,12 @@
-import contract
 import numpy as np
 import pytest
 import torch
+from contracts import patch as contract
 from diffusers import PNDMScheduler
 from families import FAMILIES
 
 from methods import dato, sito
+from methods._core import search
 from methods._core.denoiser import describe
 
 CONFIG = dato.Config(plan=(0, 1, 1, 2, 1, 0))
@@ -171,20 +172,20 @@ def test_coarser_grids_are_scored_by_the_mean_of_their_pixels(monkeypatch):
 
 def test_fronts_and_crowding():
     costs = np.array([[1, 5], [2, 2], [5, 1], [3, 3], [6, 6], [2, 2], [np.inf, np.inf]], dtype=float)
-    assert dato.rank(costs).tolist() == [0, 0, 0, 1, 2, 0, 3]
-    distance = dato.crowding(np.array([[0.0, 4], [1, 2], [4, 0], [2, 1]]))
+    assert search.rank(costs).tolist() == [0, 0, 0, 1, 2, 0, 3]
+    distance = search.crowding(np.array([[0.0, 4], [1, 2], [4, 0], [2, 1]]))
     assert distance.tolist() == [np.inf, 2 / 4 + 3 / 4, np.inf, 3 / 4 + 2 / 4]
 
 
 def test_operators_stay_in_bounds_and_near_their_parents():
     random = np.random.default_rng(0)
     a, b = np.full(2000, 2), np.full(2000, 8)
-    child = dato.cross(a, b, 10, 15, random)
+    child = search.cross(a, b, 10, 15, random)
     assert child.min() >= 0 and child.max() <= 10
     assert (abs(child - 2) <= 1).mean() + (abs(child - 8) <= 1).mean() > 0.95
     assert 0.15 < (child > 5).mean() < 0.35                                # half the genes cross, half of those to the other
-    assert (dato.cross(a, a, 10, 15, random) == a).all()
-    moved = np.stack([dato.mutate(np.full(50, 5), 10, 15, random) for _ in range(400)])
+    assert (search.cross(a, a, 10, 15, random) == a).all()
+    moved = np.stack([search.mutate(np.full(50, 5), 10, 15, random) for _ in range(400)])
     assert moved.min() >= 0 and moved.max() <= 10 and abs(moved.mean() - 5) < 0.02
     assert 0.005 < (moved != 5).mean() < 0.02
     for _ in range(50):
@@ -212,13 +213,16 @@ def test_an_interrupted_search_goes_on_where_it_stopped(tmp_path):
         if len(calls) > 25:
             raise KeyboardInterrupt
         return toy(plan)
+    journal = tmp_path / "plans.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        dato.search(failing, 8, population=6, generations=8, seed=3, state=tmp_path / "state.json")
-    resumed = []
-    again = dato.search(lambda plan: resumed.append(plan) or toy(plan), 8, population=6, generations=8, seed=99,
-                        state=tmp_path / "state.json")
-    assert again == whole and len(resumed) == 6 * 8 - 24
-    assert dato.search(toy, 8, population=6, generations=8, state=tmp_path / "state.json") == whole
+        dato.search(failing, 8, population=6, generations=8, seed=3, journal=journal)
+    assert len(journal.read_text().splitlines()) == 25                       # every plan is written down when it is judged
+    journal.write_text(journal.read_text() + '{"candidate": [0, 1')          # and what was being written is not trusted
+    resumed, told = [], []
+    again = dato.search(lambda plan: resumed.append(plan) or toy(plan), 8, population=6, generations=8, seed=3,
+                        journal=journal, tell=told.append)
+    assert again == whole and 0 < len(resumed) == len(told) <= 6 * 8 - 25 and told[0].startswith("26 judged")
+    assert dato.search(None, 8, population=6, generations=8, seed=3, journal=journal) == whole
 
 
 def test_a_plan_that_is_not_allowed_is_not_kept():

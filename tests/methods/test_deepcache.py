@@ -1,6 +1,6 @@
-import contract
 import pytest
 import torch
+from contracts import patch as contract
 from diffusers import UNet2DConditionModel
 from families import FAMILIES, WIDTH
 

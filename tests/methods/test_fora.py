@@ -1,7 +1,7 @@
 import authors_dit
-import contract
 import pytest
 import torch
+from contracts import patch as contract
 from families import FAMILIES
 
 from methods import fora

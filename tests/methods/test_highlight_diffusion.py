@@ -1,11 +1,13 @@
-import contract
 import pytest
 import torch
+from contracts import patch as contract
 from families import FAMILIES
 
 import methods
 from accel_tools.macs import count_macs
 from methods import highlight_diffusion as hd
+from methods import ocd
+from methods._core.denoiser import describe
 
 WORDS = (1, 2, 3, 4)                                            # the families get embeddings, whose words are not known
 
@@ -101,7 +103,7 @@ def test_no_highlight_and_a_highlight_of_everything_are_full_steps(mask, monkeyp
     pipe = family.pipe()
     with hd.apply(pipe, hd.Config(words=WORDS)) as patch:
         assert torch.equal(family.run(pipe, steps=4), family.run(family.pipe(), steps=4))
-        assert patch.report()["state"] == "idle"
+        assert patch.report()["state"] == "no gain" and "no region smaller" in patch.report()["reason"]
 
 
 def test_the_maps_are_those_of_the_conditional_branch_at_the_level(monkeypatch):
@@ -109,7 +111,7 @@ def test_the_maps_are_those_of_the_conditional_branch_at_the_level(monkeypatch):
     real = hd.highlight
     monkeypatch.setattr(hd, "highlight", lambda maps, *rest: seen.append(maps) or real(maps, *rest))
     pipe, ins = FAMILIES["unet"].pipe(), []
-    blocks = [block for block in hd.describe(pipe.unet).blocks if block.level == 1]
+    blocks = [block for block in describe(pipe.unet).blocks if block.level == 1]
 
     def note(module, args, kwargs, out):
         ins.append((module, args[0], kwargs["encoder_hidden_states"]))
@@ -160,7 +162,7 @@ SCALED = hd.Config(threshold=0.8, widen=0, margin=1)            # the default ma
 
 def test_an_emoji_fills_the_image_so_that_only_a_tight_mask_makes_partial_steps():
     report, words = emoji("green apple", hd.Config())
-    assert report["state"] == "idle" and "partial" not in report and words
+    assert report["state"] == "no gain" and "partial" not in report and words
     report, _ = emoji("green apple", SCALED)
     assert report["state"] == "engaged" and report["partial"] > 5
 
@@ -181,7 +183,7 @@ def test_without_known_words_all_steps_are_full():
     embeds, _ = pipe.encode_prompt(["green apple"], "cpu", 1, False)
     for prompt, setting in (("", {}), (["dog", ""], {}), (None, dict(prompt_embeds=embeds, negative_prompt="cow"))):
         report, words = emoji(prompt, SCALED, 4, **setting)
-        assert report["state"] == "idle" and not words
+        assert report["state"] == "no gain" and not words
     report, words = emoji(None, hd.Config(words=(2,)), 4, prompt_embeds=embeds)
     assert words[0].nonzero().tolist() == [[0, 2]]
 
@@ -201,12 +203,11 @@ def test_words_of_another_run_are_forgotten():
         assert not words
 
 
-def test_a_bare_model_and_a_patch_inside_are_refused():
-    from methods import deepcache
+def test_a_bare_model_and_another_crop_are_refused():
     pipe = FAMILIES["unet"].pipe()
     with pytest.raises(ValueError, match="apply it to the pipeline"):
         hd.apply(pipe.unet)
-    with deepcache.apply(pipe), pytest.raises(ValueError, match="cannot stack"):
+    with ocd.apply(pipe), pytest.raises(ValueError, match="cannot stack: both cut the frame"):
         hd.apply(pipe)
 
 

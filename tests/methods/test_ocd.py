@@ -1,12 +1,11 @@
-import contract
 import pytest
 import torch
+from contracts import patch as contract
 from families import FAMILIES
 
-from methods import ocd
+from methods import deepcache, fora, ocd
 from methods._core.solver import ddim_step, flow_step
-from methods._core.tokens import merge_plan
-from methods.tome import destinations
+from methods._core.tokens import destinations, merge_plan
 
 
 @pytest.mark.parametrize("check, case", contract.cases(ocd, ocd.Config()), ids=contract.name)
@@ -241,12 +240,16 @@ def test_at_full_weight_the_object_is_merged_like_the_rest():
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
-def test_what_would_meet_two_sizes_is_refused():
-    from methods import deepcache, fora
-    for name, method in (("unet", deepcache), ("dit", fora)):
-        pipe = FAMILIES[name].pipe()
-        with method.apply(pipe), pytest.raises(ValueError, match="cannot stack"):
-            ocd.apply(pipe)
+@pytest.mark.parametrize("name, method", [("unet", deepcache), ("dit", fora)])
+def test_a_cache_keeps_the_crop_apart_from_the_frame(name, method):
+    """At an interval of 1 < phi it computes every crop anew, which changes nothing; else it reuses crops for crops."""
+    family, outs = FAMILIES[name], []
+    for interval in (1, 2):
+        pipe = family.pipe()
+        with ocd.apply(pipe), method.apply(pipe, method.Config(interval=interval)) as cache:
+            outs.append(family.run(pipe, steps=6))
+            assert cache.report()["state"] == ("off" if interval == 1 else "engaged")
+    assert outs[1].isfinite().all() and not torch.equal(*outs)
 
 
 @pytest.mark.parametrize("wrong, named", [({"box": (0.5, 0, 0.5, 1)}, "box="), ({"phi": 0}, "phi=0"),

@@ -1,6 +1,6 @@
-import contract
 import pytest
 import torch
+from contracts import patch as contract
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 from families import FAMILIES
 

@@ -1,11 +1,11 @@
 import authors_dit
-import contract
 import pytest
 import torch
+from contracts import patch as contract
 from families import FAMILIES
 
-from methods import fora, toca
-from methods._core.attention import attend
+from methods import fora, toca, tome
+from methods._core.attention import at_product, with_mass
 
 
 @pytest.mark.parametrize("check, case", contract.cases(toca, toca.Config(fresh=0.2)), ids=contract.name)
@@ -99,7 +99,7 @@ def test_without_fresh_tokens_it_is_fora():
 
 @pytest.mark.parametrize("family", ["dit", "pixart", "flux", "latte"])
 def test_full_steps_compute_what_the_model_computes(family):
-    """`attend` stands in for the attention on full steps: all steps but the last partial one must agree with plain."""
+    """`with_mass` stands in for the product on full steps: what a block computes must agree with the plain model."""
     pipe = FAMILIES[family].pipe()
     found = []
     blocks = [module for module in pipe.transformer.modules() if type(module).__name__ in (
@@ -109,7 +109,13 @@ def test_full_steps_compute_what_the_model_computes(family):
         attn.register_forward_hook(lambda m, a, k, out: found.append((m, a, k, out)), with_kwargs=True)
     FAMILIES[family].run(pipe, steps=1)
     for attn, args, kwargs, out in found:
-        ours, mass = attend(attn, *args, **kwargs)
+        mass = []
+
+        def attend(product, *qkv, mass=mass, **more):
+            out, received = with_mass(*qkv, **more)
+            mass.append(received)
+            return out
+        ours, (mass,) = at_product(attend)(attn.forward, *args, **kwargs), mass
         for a, b in zip(*((value if isinstance(value, tuple) else (value,)) for value in (ours, out)), strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(mass.sum(1), torch.full((len(mass),), float(mass.shape[1])))
@@ -184,13 +190,11 @@ def test_per_block_decision_repeats_the_released_code():
     assert calls == {0: 20, 1: 18}
 
 
-def test_it_computes_the_attention_itself_so_token_patches_cannot_sit_inside():
-    from methods import tome
+def test_it_ranks_all_tokens_so_none_may_be_merged_in_the_attention_it_reads():
     pipe = FAMILIES["dit"].pipe()
-    with toca.apply(pipe), pytest.raises(ValueError, match="toca computes the inside"):
-        tome.apply(pipe)
-    with tome.apply(pipe), pytest.raises(ValueError, match="tome cannot stack|toca computes the inside"):
-        toca.apply(pipe)
+    for first, second in ((toca, tome), (tome, toca)):
+        with first.apply(pipe), pytest.raises(ValueError, match="both change the attention of the same Attention"):
+            second.apply(pipe)
 
 
 @pytest.mark.parametrize("wrong, named", [({"interval": 0}, "interval=0"), ({"fresh": 1.5}, "fresh=1.5"),

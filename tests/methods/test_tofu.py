@@ -1,12 +1,13 @@
 import math
 
-import contract
 import pytest
 import torch
+from contracts import patch as contract
 from families import FAMILIES
 
 from accel_kernels import merge
 from methods import tofu, tome
+from methods._core import tokens
 from methods._core.denoiser import describe
 from methods._core.tokens import match_plan
 
@@ -17,9 +18,9 @@ def test_contract(check, case):
 
 
 def plan_of(x, height, width, ratio, random=None):
-    dst = tome.destinations(1, height, width, 2, random)
+    dst = tokens.destinations(1, height, width, 2, random)
     free = torch.ones(height * width, dtype=torch.bool).index_fill_(0, dst, False)
-    return match_plan(x, free.nonzero()[:, 0], dst, tome.reduction(height * width, len(dst), ratio))
+    return match_plan(x, free.nonzero()[:, 0], dst, tokens.reduction(height * width, len(dst), ratio))
 
 
 def groups(plan, sample):

@@ -1,9 +1,10 @@
-import contract
 import pytest
 import torch
+from contracts import patch as contract
 from families import FAMILIES
 
 from methods import tome
+from methods._core import tokens
 from methods._core.tokens import match_plan
 
 
@@ -13,9 +14,9 @@ def test_contract(check, case):
 
 
 def plan_of(x, height, width, ratio, stride=2, random=None):
-    dst = tome.destinations(1, height, width, stride, random)
+    dst = tokens.destinations(1, height, width, stride, random)
     free = torch.ones(height * width, dtype=torch.bool).index_fill_(0, dst, False)
-    return match_plan(x, free.nonzero()[:, 0], dst, tome.reduction(height * width, len(dst), ratio))
+    return match_plan(x, free.nonzero()[:, 0], dst, tokens.reduction(height * width, len(dst), ratio))
 
 
 def test_worked_by_hand():
@@ -29,21 +30,21 @@ def test_worked_by_hand():
 
 @pytest.mark.parametrize("ratio, rows", [(0.5, 2048), (0.9, 1024), (0.0, 4096)])
 def test_merged_length(ratio, rows):
-    dst = tome.destinations(1, 64, 64, 2, None)
-    assert 4096 - tome.reduction(4096, len(dst), ratio) == rows
+    dst = tokens.destinations(1, 64, 64, 2, None)
+    assert 4096 - tokens.reduction(4096, len(dst), ratio) == rows
 
 
 def test_odd_grid_leaves_the_border_to_the_sources():
-    assert len(tome.destinations(1, 5, 5, 2, None)) == 4
+    assert len(tokens.destinations(1, 5, 5, 2, None)) == 4
     with pytest.raises(ValueError, match="stride=6 is more than the grid of 5 x 9 tokens"):
-        tome.destinations(1, 5, 9, 6, None)
+        tokens.destinations(1, 5, 9, 6, None)
 
 
 def test_one_random_destination_in_each_cell_of_each_frame():
-    dst = tome.destinations(2, 6, 4, 2, torch.Generator().manual_seed(3))
+    dst = tokens.destinations(2, 6, 4, 2, torch.Generator().manual_seed(3))
     frame, place = dst // 24, dst % 24
     assert (frame * 6 + (place // 4 // 2) * 2 + place % 4 // 2).tolist() == list(range(12))
-    others = tome.destinations(2, 6, 4, 2, torch.Generator().manual_seed(4))
+    others = tokens.destinations(2, 6, 4, 2, torch.Generator().manual_seed(4))
     assert not torch.equal(dst, others)
 
 

@@ -1,11 +1,15 @@
-import contract
+from functools import partial
+
 import pytest
 import torch
+from contracts import patch as contract
 from diffusers.models.attention_processor import Attention
-from families import FAMILIES
+from families import FAMILIES, Family
 
 from accel_kernels.cosine_match import cosine_match
 from methods import tome, turbo
+from methods._core.attention import at_product
+from methods._core.cache import Slot
 from methods._core.denoiser import describe
 from methods._core.tokens import merge_plan
 
@@ -77,20 +81,21 @@ def test_semantic_value_is_the_column_mean_of_the_attention_map():
     block = describe(pipe.unet).blocks[0]
     attn: Attention = block.attn
     x = torch.randn(2, 16, 32)
-    layer = turbo._Layer(block, turbo.Feature(), 150.0, "difference")
+    layer = turbo._Layer(block, Slot(), 150.0, "difference")
     layer.tokens, layer.src, layer.dst, layer.r = 16, torch.arange(1, 16), torch.zeros(1, dtype=torch.long), 0
     layer.input = x
-    torch.testing.assert_close(layer.around(None, x), attn(x), atol=1e-5, rtol=1e-5)
+    merged = at_product(layer.attend)
+    torch.testing.assert_close(layer.image(partial(merged, attn.forward), x), attn(x), atol=1e-5, rtol=1e-5)
     q, k = (torch.stack(p(x).chunk(attn.heads, -1), 1) for p in (attn.to_q, attn.to_k))
     maps = (q @ k.mT * attn.scale).softmax(-1)
     torch.testing.assert_close(layer.value.value, maps.mean((1, 2)), atol=1e-6, rtol=1e-5)
     layer.r, layer.input = 15, x
-    layer.around(None, x)
+    layer.image(partial(merged, attn.forward), x)
     torch.testing.assert_close(layer.value.value, torch.ones(2, 16))       # one token left: it receives all there is
 
 
 def layers_of(pipe):
-    model = getattr(pipe, "unet", None) or pipe.transformer
+    model = Family.model(pipe)
     blocks = [block for block in describe(model).blocks if hasattr(block.attn, "_patch_site")]
     return [block.attn._patch_site.arounds[0][2].__self__ for block in blocks]
 

@@ -1,0 +1,170 @@
+"""What a patch keeps from one step to another, and the arounds that give it again in place of computing it."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accel_kernels.rows import gather_rows, scatter_rows
+
+
+class Slot:
+    """One value kept for each branch of a step: a tensor, or tuples, lists and dicts of tensors and anything else.
+
+    `value` is that of the branch now called, None where nothing valid is kept: before the first call of a run, after a step
+    in which the branch was not called, in another shape. `keep` and `get` go between what a module computes and `value`,
+    which is narrower where the user has set `Patch.limit(dtype=...)`.
+    """
+
+    def __init__(self):
+        self.value: Any = None
+        self.dtype: torch.dtype | None = None         # in which floating-point tensors are kept; None: as they come
+        self._wide: torch.dtype | None = None
+        self._branch: tuple | None = None
+        self._others: dict[tuple, Any] = {}
+
+    def select(self, branch: tuple, stale: bool) -> None:
+        """Switch to the branch now called, dropping what is kept of it if that is no longer valid."""
+        if branch != self._branch:
+            if self._branch is not None:
+                self._others[self._branch] = self.value
+            self._branch, self.value = branch, self._others.pop(branch, None)
+        if stale:
+            self.value = None
+
+    def clear(self) -> None:
+        self.value, self._branch = None, None
+        self._others.clear()
+
+    def keep(self, x: Any) -> Any:
+        """Keep a tensor or a tuple of tensors. -> x"""
+        self.value = x if self.dtype is None else _cast(x, self.dtype)
+        self._wide = (x[0] if isinstance(x, tuple) else x).dtype
+        return x
+
+    def get(self) -> Any:
+        """What was kept, in the precision in which it came."""
+        return self.value if self.dtype is None else _cast(self.value, self._wide)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors kept, of every branch."""
+        yield from _tensors((self.value, self._others))
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    if isinstance(x, tuple):
+        return tuple(_cast(each, dtype) for each in x)
+    return x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if torch.is_tensor(value):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _tensors(each)
+
+
+class Reuse:
+    """Around a module: keeps what it gives, or gives what was kept. The host sets `reuse` before each call of the denoiser.
+
+    `slot()` makes a place to keep things. A module that is called several times within one call of the denoiser, as under
+    forward chunking, has one for each.
+    """
+
+    def __init__(self, slot: Callable[[], Slot]):
+        self.slot, self.slots = slot, [slot()]
+        self.turn = 0
+        self._reuse = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to give."""
+        return self.slots[0].value is not None
+
+    @property
+    def reuse(self) -> bool:
+        return self._reuse
+
+    @reuse.setter
+    def reuse(self, reuse: bool) -> None:
+        self._reuse, self.turn = reuse, 0
+
+    def around(self, forward, *args, **kwargs):
+        turn, self.turn = self.turn, self.turn + 1
+        if self._reuse:
+            return self.slots[turn % len(self.slots)].get()
+        if turn == len(self.slots):
+            self.slots.append(self.slot())
+        return self.slots[turn].keep(forward(*args, **kwargs))
+
+
+class Mute:
+    """Around a module that only feeds one that is reused: gives something of the right shape that nobody reads."""
+
+    def __init__(self, reuse: Reuse, module: nn.Module):
+        self.reuse = reuse
+        self.width = getattr(module, "out_features", None) or module.out_dim
+
+    def around(self, forward, *args, **kwargs):
+        if not self.reuse._reuse:
+            return forward(*args, **kwargs)
+        x = args[0] if args else kwargs["hidden_states"]
+        return x[..., :1].expand(*x.shape[:-1], self.width)
+
+
+class Deep:
+    """Around a module of a UNet that shallow steps leave out. The last of them gives the kept feature, which enters the first
+    layer that runs; the others something of no channels: nobody reads it, and joining it to other features costs nothing.
+
+    The host sets `shallow` before each call of the denoiser.
+    """
+
+    def __init__(self, slot: Slot | None = None):
+        self.slot = slot
+        self.shallow = False
+        self.blank = None
+
+    def around(self, forward, *args, **kwargs):
+        if self.shallow:
+            return self.blank if self.slot is None else self.slot.get()
+        out = forward(*args, **kwargs)
+        if self.slot is None:
+            self.blank = _no_channels(out)
+            return out
+        return self.slot.keep(out)
+
+
+def _no_channels(x: Any) -> Any:
+    return tuple(map(_no_channels, x)) if isinstance(x, tuple) else x[:, :0].clone()
+
+
+class Rows:
+    """Around a layer over tokens: all of them, or the rows of `index` (B, k) written into its last output.
+
+    The host sets `index` before each call of the denoiser; None computes all.
+    """
+
+    def __init__(self, slot: Slot):
+        self.slot = slot
+        self.index: Tensor | None = None
+
+    def chosen(self, x: Tensor) -> Tensor:
+        return x if self.index is None else gather_rows(x, self.index)
+
+    def around(self, forward, x: Tensor, *args, **kwargs):
+        return self.written(forward(self.chosen(x), *args, **kwargs))
+
+    def written(self, rows: Tensor) -> Tensor:
+        return self.slot.keep(rows if self.index is None else scatter_rows(self.slot.get(), self.index, rows))
+
+
+def of_any_length(index: Tensor) -> Tensor:
+    """index (B, k) as it is, marked so that blocks that compile do so once for every k."""
+    index = index.clone(memory_format=torch.contiguous_format)
+    torch._dynamo.maybe_mark_dynamic(index, 1)
+    return index

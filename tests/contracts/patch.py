@@ -1,0 +1,463 @@
+"""What every method of kind `patch` must show, on every family it works on. Each check takes a `Case`.
+
+A test file runs them all:
+
+    @pytest.mark.parametrize("check, case", contract.cases(tome, tome.Config(ratio=0.5)), ids=contract.name)
+    def test_contract(check, case):
+        check(case)
+
+All checks run on the families of `ARCHETYPES`, and a short trio on the others; `pytest --everything` runs all on all. A module
+whose defaults do nothing on small models of random weights names a Config that does in `TINY`.
+"""
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import importlib
+import itertools
+import json
+import os
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from families import FAMILIES, Family
+
+from accel_tools.macs import count_macs
+from methods._core import patch as patch_module
+from methods._core.context import Run
+from methods._core.patch import Patch
+from methods._core.site import Claim
+
+ROOT = Path(__file__).parents[2]
+COMPATIBILITY = ROOT / "catalog/compatibility.json"
+STEPS = 5
+WIRING = ("around", "attend", "claim", "rewrite", "each_call", "after_call", "each_run", "solve", "slot", "explain", "on")
+ARCHETYPES = ("unet", "flux", "latte")         # a UNet, two streams with positions inside the attention, frames and time
+
+
+def slug(method: ModuleType) -> str:
+    return method.__name__.removeprefix("methods.")
+
+
+def engaging(method: ModuleType) -> Any:
+    """A configuration that does something on the families' small models: the module's own `TINY`, or its default."""
+    return getattr(method, "TINY", None) or method.Config()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with an engaging configuration, on one family."""
+
+    method: ModuleType
+    config: Any
+    family: Family
+
+    def __str__(self) -> str:
+        return self.family.name
+
+    def run(self, pipe: Any, **setting) -> torch.Tensor:
+        return self.family.run(pipe, **{"steps": STEPS} | setting)
+
+    def model(self, pipe: Any) -> torch.nn.Module:
+        return self.family.model(pipe)
+
+    def once(self, **setting) -> torch.Tensor:
+        """One patched run on an untouched pipeline."""
+        pipe = self.family.pipe()
+        with self.method.apply(pipe, self.config):
+            return self.run(pipe, **setting)
+
+
+@cache
+def plain(family: str, **setting) -> torch.Tensor:
+    return FAMILIES[family].run(FAMILIES[family].pipe(), **{"steps": STEPS} | setting)
+
+
+@cache
+def patches() -> list[ModuleType]:
+    """All methods of kind `patch` that are there."""
+    modules = [importlib.import_module(f"methods.{path.stem}") for path in sorted((ROOT / "methods").glob("[a-z]*.py"))]
+    return [module for module in modules if hasattr(module, "apply")]
+
+
+@cache
+def attempt(method: ModuleType, family: Family) -> dict[str, Any]:
+    """Whether a method works on a family, found by trying: what stands in the committed table."""
+    pipe = family.pipe()
+    try:
+        with method.apply(pipe, engaging(method)) as patch:
+            family.run(pipe, steps=6)
+            assert patch.report()["state"] == "engaged", (method, family.name, patch.report())
+    except ValueError as refusal:
+        return {"works": False, "reason": str(refusal)}
+    return {"works": True}
+
+
+def working(method: ModuleType) -> list[Family]:
+    """The families on which the method works, by the committed table, which tests/test_compatibility.py holds true, or by
+    trying where that has no row yet."""
+    row = json.loads(COMPATIBILITY.read_text()).get(slug(method), {})
+    return [family for name, family in FAMILIES.items() if (row.get(name) or attempt(method, family))["works"]]
+
+
+@cache
+def claims(method: ModuleType) -> list[str]:
+    """What the method's entry says that it saves."""
+    return yaml.safe_load((ROOT / f"catalog/entries/{slug(method)}.yaml").read_text()).get("claims", ["macs"])
+
+
+def cases(method: ModuleType, config: Any) -> list[tuple]:
+    """The checks on every family the method works on; on SDXL, which has no attention at full resolution, a level down."""
+    found = [Case(method, config, family) for family in working(method)]
+    whole = [case.family.name for case in found if case.family.name in ARCHETYPES] or [found[0].family.name]
+    if hasattr(config, "max_downsample") and all(case.family.name != "sdxl" for case in found):
+        found.append(Case(method, replace(config, max_downsample=2), FAMILIES["sdxl"]))
+    checks = [check for check in CHECKS if check not in OF_COST or "macs" in claims(method)]
+    return [(check, case) for check in checks for case in found
+            if check in TRIO or case.family.name in whole or "EVERYTHING" in os.environ]
+
+
+def name(value: Any) -> str:
+    return value.__name__ if callable(value) else str(value)
+
+
+# ---- the checks --------------------------------------------------------------------------------------------------------
+
+def off_is_the_identity(case: Case) -> None:
+    pipe = case.family.pipe()
+    with case.method.apply(pipe, case.method.OFF) as patch:
+        assert torch.equal(case.run(pipe), plain(case.family.name))
+        assert patch.report()["state"] == "off"
+
+
+def on_changes_the_result_and_costs_less(case: Case) -> None:
+    pipe, runs = case.family.pipe(), []
+    before = count_macs(lambda: runs.append(case.run(pipe)))
+    with case.method.apply(pipe, case.config) as patch:
+        after = count_macs(lambda: runs.append(case.run(pipe)))
+        assert patch.report()["state"] == "engaged"
+    expected, out = runs
+    assert out.isfinite().all() and not torch.equal(out, expected)
+    assert after < before
+
+
+def removal_restores_every_bit(case: Case) -> None:
+    pipe = case.family.pipe()
+    case.run(pipe, steps=1)                                      # some models note things about their first call
+    before = attributes(case, pipe)
+    patch = case.method.apply(pipe, case.config)
+    case.run(pipe)
+    patch.remove()
+    patch.remove()
+    assert torch.equal(case.run(pipe), plain(case.family.name))
+    assert attributes(case, pipe) == before
+
+
+def a_second_application_is_refused(case: Case) -> None:
+    pipe = case.family.pipe()
+    with case.method.apply(pipe, case.config):
+        with pytest.raises(ValueError, match="already on"):
+            case.method.apply(pipe, case.config)
+        assert torch.equal(case.run(pipe), case.once())
+    assert torch.equal(case.run(pipe), plain(case.family.name))
+
+
+def runs_leave_nothing_behind(case: Case) -> None:
+    """One patched pipeline through many settings gives what a fresh one gives for each."""
+    settings = [{}, {"seed": 1}, {"steps": STEPS + 2}, {"guidance": 1.0}, {"batch": 2}, {}]
+    if case.family.sizes[1] is not None:
+        settings.insert(2, {"size": case.family.sizes[1]})
+    pipe = case.family.pipe()
+    with case.method.apply(pipe, case.config):
+        for setting in settings:
+            assert torch.equal(case.run(pipe, **setting), case.once(**setting)), setting
+
+
+def an_interrupted_run_leaves_nothing_behind(case: Case) -> None:
+    """Neither a callback that raises, nor Ctrl-C in the middle of the model, nor a thread that ends there."""
+    pipe = case.family.pipe()
+    inside = next(part for part in case.model(pipe).modules() if isinstance(part, torch.nn.Linear))
+    with case.method.apply(pipe, case.config):
+        for error in (KeyboardInterrupt, SystemExit, RuntimeError):
+            calls = []
+
+            def stop(*_, error=error, calls=calls):
+                calls.append(1)
+                if len(calls) == 3:
+                    raise error
+
+            handle = inside.register_forward_hook(stop)
+            if error is SystemExit:
+                thread = threading.Thread(target=case.run, args=(pipe,), kwargs={"steps": 9})
+                thread.start()
+                thread.join()
+            else:
+                with pytest.raises(error):
+                    case.run(pipe, steps=9)
+            assert len(calls) == 3
+            handle.remove()
+            assert torch.equal(case.run(pipe), case.once())
+
+
+def attributes(case: Case, pipe: Any) -> tuple:
+    """What is set on the modules of the denoiser and on the scheduler."""
+    modules = {part: sorted(vars(module)) for part, module in case.model(pipe).named_modules()}
+    return modules, type(pipe.scheduler), sorted(vars(pipe.scheduler))
+
+
+@contextlib.contextmanager
+def failing(at: int) -> Iterator[None]:
+    """The call number `at` of those by which a method puts itself on a model runs out of memory."""
+    left = itertools.count(at, -1)
+
+    def broken(real: Callable) -> Callable:
+        def call(*args, **kwargs):
+            if next(left) == 0:
+                raise MemoryError
+            return real(*args, **kwargs)
+        return call
+
+    with pytest.MonkeyPatch.context() as patched:
+        for owner, name in [(Patch, name) for name in WIRING] + [(patch_module, "attach"), (Run, "add")]:
+            patched.setattr(owner, name, broken(getattr(owner, name)))
+        yield
+
+
+def a_failed_application_leaves_nothing_behind(case: Case) -> None:
+    pipe = case.family.pipe()
+    before = attributes(case, pipe)
+    for at in itertools.count():
+        try:
+            with failing(at):
+                case.method.apply(pipe, case.config).remove()
+        except MemoryError:
+            assert attributes(case, pipe) == before, at
+        else:
+            break
+    assert at > 1 and torch.equal(case.run(pipe), plain(case.family.name))
+
+
+def engaged_means_cheaper(case: Case) -> None:
+    """In a run of one step, as in any, the report says "engaged" if less was computed, else "no gain" and why."""
+    for steps in (1, 2, STEPS):
+        pipe = case.family.pipe()
+        before = count_macs(lambda pipe=pipe, steps=steps: case.run(pipe, steps=steps))
+        with case.method.apply(pipe, case.config) as patch:
+            assert patch.report()["state"] == "idle"
+            after = count_macs(lambda pipe=pipe, steps=steps: case.run(pipe, steps=steps))
+            report = patch.report()
+        if report["state"] == "no gain":
+            assert after >= before and report["reason"] and report["saved"] <= 0
+        else:
+            assert report["state"] == "engaged" and after < before and 0 < report["saved"] < 1
+
+
+def what_is_said_to_be_skipped_is_not_run(case: Case) -> None:
+    """`reaches`, by which others plan and count, is true of every attention in every call."""
+    pipe, said, ran = case.family.pipe(), [], []
+    watch = Patch(pipe, "watch")
+    blocks = [block for block in watch.denoiser.blocks if block.attn is not None]
+
+    def before(context: Any) -> None:
+        said.append([watch.reaches(block.attn) for block in blocks])
+        ran.append([False] * len(blocks))
+
+    watch.each_call(before)
+    for i, block in enumerate(blocks):
+        watch.around(block.attn, lambda forward, *a, i=i, **k: (ran[-1].__setitem__(i, True), forward(*a, **k))[1], Claim.LOOK)
+    with case.method.apply(pipe, case.config), watch.on():
+        case.run(pipe, steps=STEPS + 3)
+    assert said == ran and said
+
+
+def what_is_kept_can_be_limited(case: Case) -> None:
+    pipe = case.family.pipe()
+    with case.method.apply(pipe, case.config) as patch:
+        whole = case.run(pipe)
+        kept = patch.report()["cached_bytes"]
+        with pytest.raises(ValueError, match="bytes=-1"):
+            patch.limit(bytes=-1)
+        with pytest.raises(ValueError, match="must be a floating-point type"):
+            patch.limit(dtype=torch.int8)
+        assert torch.equal(case.run(pipe), whole)
+        half = patch.limit(dtype=torch.bfloat16) and case.run(pipe)
+        assert half.isfinite().all() and half.dtype == whole.dtype and patch.report()["cached_bytes"] <= kept
+        for share in (0.0, 0.4):
+            out = patch.limit(bytes=int(kept * share)) and case.run(pipe)
+            assert out.isfinite().all() and patch.report()["cached_bytes"] <= kept * share
+        patch.limit()
+        assert torch.equal(case.run(pipe), whole) and patch.report()["cached_bytes"] == kept
+
+
+def a_server_does_not_fill_the_memory(case: Case) -> None:
+    """A scheduler for each request is not held beyond it."""
+    pipe, schedulers = case.family.pipe(), []
+    with case.method.apply(pipe, case.config) as patch:
+        for _ in range(4):
+            pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+            schedulers.append(weakref.ref(pipe.scheduler))
+            try:
+                case.run(pipe, steps=2)
+            except RuntimeError as error:
+                assert patch.solver is not None and "apply the patch again" in str(error)
+        gc.collect()
+        assert len(patch.run.watches) == 1 and sum(ref() is not None for ref in schedulers) <= 2
+
+
+def image_to_image(case: Case) -> None:
+    if case.family.image_to_image is None:
+        with pytest.raises(ValueError, match="no image-to-image"):
+            case.family.second_pipe(case.family.pipe())
+        return
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    setting = dict(image=image, strength=0.7, steps=8)
+
+    def pipe():
+        return case.family.second_pipe(case.family.pipe())
+    expected = case.run(pipe(), **setting)
+    patched = pipe()
+    with case.method.apply(patched, case.config) as patch:
+        first = case.run(patched, **setting)
+        assert patch.report()["state"] == "engaged"
+        assert torch.equal(case.run(patched, **setting), first)
+    assert first.isfinite().all() and not torch.equal(first, expected)
+    assert torch.equal(case.run(patched, **setting), expected)
+
+
+def two_models_in_two_threads_equal_solo_runs(case: Case) -> None:
+    solo = {seed: case.once(seed=seed) for seed in (0, 1)}
+    pipes = {seed: case.family.pipe() for seed in (0, 1)}
+    found = {}
+    with contextlib.ExitStack() as stack:
+        for pipe in pipes.values():
+            stack.enter_context(case.method.apply(pipe, case.config))
+        threads = [threading.Thread(target=lambda s=seed: found.update({s: case.run(pipes[s], seed=s)})) for seed in pipes]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for seed, expected in solo.items():
+        assert torch.equal(found[seed], expected)
+
+
+def a_second_thread_in_a_run_is_refused(case: Case) -> None:
+    pipe = case.family.pipe()
+    model = case.model(pipe)
+    seen: list[BaseException | None] = []
+    with case.method.apply(pipe, case.config):
+
+        def intrude(*_):
+            if seen:
+                return
+
+            def call():
+                try:
+                    model(torch.zeros(1))
+                    seen.append(None)
+                except RuntimeError as error:
+                    seen.append(error)
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+
+        inside = next(part for part in model.modules() if isinstance(part, torch.nn.Linear))
+        handle = inside.register_forward_pre_hook(intrude)
+        result = case.run(pipe)
+        handle.remove()
+    assert "two threads" in str(seen[0])
+    assert torch.equal(result, case.once())
+
+
+def two_interleaved_pipelines_are_refused(case: Case) -> None:
+    pipe = case.family.pipe()
+    other = copy.copy(pipe)
+    other.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    with case.method.apply(pipe, case.config):
+        original, ran = pipe.scheduler.step, []
+
+        def step(*args, **kwargs):
+            if not ran:
+                ran.append(1)
+                case.run(other, seed=7)
+            return original(*args, **kwargs)
+
+        pipe.scheduler.step = step
+        with pytest.raises(RuntimeError, match="two pipelines|outside its"):
+            case.run(pipe)
+        pipe.scheduler.step = original
+
+
+def saving_is_clean(case: Case) -> None:
+    pipe = case.family.pipe()
+    model = case.model(pipe)
+    names = list(model.state_dict())
+    with case.method.apply(pipe, case.config), tempfile.TemporaryDirectory() as folder:
+        case.run(pipe)
+        assert list(model.state_dict()) == names
+        model.save_pretrained(folder)
+        again = type(model).from_pretrained(folder)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+def a_copy_is_refused(case: Case) -> None:
+    pipe = case.family.pipe()
+    with case.method.apply(pipe, case.config):
+        with pytest.raises(RuntimeError, match="cannot be copied"):
+            copy.deepcopy(case.model(pipe))
+    twin = copy.deepcopy(case.model(pipe))
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert torch.equal(case.run(pipe), plain(case.family.name))
+
+
+def the_global_generator_is_untouched(case: Case) -> None:
+    pipe = case.family.pipe()
+    with case.method.apply(pipe, case.config):
+        before = torch.get_rng_state()
+        case.run(pipe)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def a_replaced_scheduler_is_noticed(case: Case) -> None:
+    """Either the patch goes on working with the new scheduler, or it says that it must be applied again."""
+    pipe = case.family.pipe()
+    with case.method.apply(pipe, case.config):
+        case.run(pipe)
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        try:
+            out = case.run(pipe)
+        except RuntimeError as error:
+            assert "apply the patch again" in str(error)
+        else:
+            assert torch.equal(out, case.once())
+
+
+def half_precision(case: Case) -> None:
+    pipe = case.family.pipe()
+    case.model(pipe).to(torch.bfloat16)
+    with case.method.apply(pipe, case.config) as patch:
+        out = case.run(pipe)
+        assert patch.report()["state"] == "engaged"
+    assert out.isfinite().all()
+
+
+OF_COST = (on_changes_the_result_and_costs_less, engaged_means_cheaper, what_is_said_to_be_skipped_is_not_run)
+TRIO = [off_is_the_identity, on_changes_the_result_and_costs_less, removal_restores_every_bit]
+CHECKS = [*TRIO, a_second_application_is_refused, runs_leave_nothing_behind, an_interrupted_run_leaves_nothing_behind,
+          a_failed_application_leaves_nothing_behind, engaged_means_cheaper, what_is_said_to_be_skipped_is_not_run,
+          what_is_kept_can_be_limited, a_server_does_not_fill_the_memory, image_to_image,
+          two_models_in_two_threads_equal_solo_runs, a_second_thread_in_a_run_is_refused,
+          two_interleaved_pipelines_are_refused, saving_is_clean, a_copy_is_refused, the_global_generator_is_untouched,
+          a_replaced_scheduler_is_noticed, half_precision]
