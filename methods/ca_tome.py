@@ -49,7 +49,7 @@ from methods._core.patch import Patch
 from methods._core.reduction import Reduction, reduce_all
 from methods._core.tokens import Plan, joined, merge_plan, partition
 
-__all__ = ["CHECKPOINTS", "OFF", "Config", "adaptive_reduction", "apply", "computes"]
+__all__ = ["BREAKS_GRAPH", "CHECKPOINTS", "OFF", "Config", "adaptive_reduction", "apply", "computes"]
 
 CHECKPOINTS = {         # of the official code, for 50 steps; a 0 that fires in no step is left out
     "config_1": (1, 2, 3, 5, 10, 15, 25, 35),
@@ -81,6 +81,7 @@ class Config:
 
 
 OFF = Config(threshold=1.0)
+BREAKS_GRAPH = True             # how many tokens merge is read back from the device
 
 
 def computes(i: int, checkpoints: Collection[int]) -> bool:
