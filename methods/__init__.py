@@ -1,4 +1,5 @@
 """One module per catalogue entry: `from methods import tome`. Underscored packages are shared machinery."""
+from methods._trained import weights
 from methods._zoo import card, tiny
 
-__all__ = ["card", "tiny"]
+__all__ = ["card", "tiny", "weights"]

@@ -4,6 +4,16 @@ Runs on a CPU in one to two hours or on a GPU unchanged. It writes a checkpoint 
 `build/zoo/<name>.ckpt` and continues exactly where it stopped when called again (the checkpoint holds weights, averages,
 optimiser and random state). At the end it writes `methods/_zoo/<name>.safetensors` (fp16), the card `<name>.json` with what
 the judge says of 500 images, and a sheet of samples, `site/assets/models/<name>.png`.
+
+`python tools/train_zoo.py --method dydit [name]` trains a method of kind training or module on the digits in the same way
+and writes `methods/_trained/<name>.safetensors` and its card. The module of the method says all that is needed:
+
+    TRAINED = {"dydit-50": Config(target=0.5)}           # what is trained: names of files, and the Config of each
+    def training(pipe, config) -> Iterator[Stage]        # yields methods._core.learning.Stage, one after the other
+    def metrics(model, images, labels) -> dict           # of `build(config)` with the weights, on held-out digits; a method
+                                                         # with `convert` needs none: its samples are judged beside plain ones
+
+`pipe` is `methods.tiny("dit")`. Of the model of the last stage the parameters with `requires_grad` are kept.
 """
 from __future__ import annotations
 
@@ -16,7 +26,7 @@ import torch
 from torch import Tensor
 
 from accel_tools.pictures import row, sheet
-from accel_tools.recipes import ar, dit, emoji, judges, video
+from accel_tools.recipes import ar, dit, emoji, judges, method, video
 from accel_tools.records import rounded
 from accel_tools.tasks import TASKS
 from accel_tools.training import ROOT, Trained, write_card
@@ -44,7 +54,8 @@ def scored(name: str, n: int, steps: int | None, seed: int = 0) -> tuple[dict[st
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=RECIPES)
+    parser.add_argument("name", nargs="?", help=f"one of {', '.join(RECIPES)}; with --method, one of its TRAINED, else all")
+    parser.add_argument("--method", metavar="SLUG", help="train this method")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiply the number of steps")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
@@ -52,11 +63,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=50, help="of the sampler that draws them")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    command = " ".join(["python tools/train_zoo.py", *(argv or sys.argv[1:])])
+    try:
+        known = method.names(args.method) if args.method else list(RECIPES)
+    except (ModuleNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    if args.name not in known and not (args.method and args.name is None):
+        parser.error(f"name {args.name!r} is none of {', '.join(known)}")
+    if args.method:
+        for name in [args.name] if args.name else known:
+            made = method.train_method(args.method, name, args.seed, args.scale, command)
+            made["metrics"] = method.metrics(args.method, name, args.images)
+            method.write(made)
+            print(made["metrics"])
+        return 0
     RECIPES[args.name](args.seed, args.scale).write(args.name, args.seed)
     if args.name in TASKS:
         print(f"sampling {args.images} images for the judge", flush=True)
         metrics, images = scored(args.name, args.images, args.steps)
-        command = " ".join(["python tools/train_zoo.py", *(argv or sys.argv[1:])])
         write_card(args.name, card(args.name) | {"command": command, "metrics": metrics})
         PICTURES.mkdir(parents=True, exist_ok=True)
         rows = images[:60].split(10) if images.ndim == 4 else images[:8]          # of a clip its frames

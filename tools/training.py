@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -42,27 +42,34 @@ class Run:
     lr: float
     average: float                               # decay of the exponential moving average of the weights
     matrices: float | None = None                # learning rate of Muon for the matrices of the blocks; None: AdamW does all
+    rates: Mapping[str, float] = field(default_factory=dict)     # times `lr`, of parameters whose names begin so
     seed: int = 0
     step: int = 0
     seconds: float = 0.0
-    losses: list[tuple[int, float]] = field(default_factory=list)
+    losses: list[tuple[float, ...]] = field(default_factory=list)     # step, loss, and whatever is shown beside it
 
     def __post_init__(self):
         self.averaged = copy.deepcopy(self.model).requires_grad_(False)
         by_muon = {} if self.matrices is None else dict(block_matrices(self.model))
-        rest = [weight for name, weight in self.model.named_parameters() if name not in by_muon]
-        self.optimizers = [torch.optim.AdamW(rest, lr=self.lr, betas=(0.9, 0.99), weight_decay=0.01)]
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, weight in self.model.named_parameters():
+            if name not in by_muon and weight.requires_grad:
+                rate = next((rate for start, rate in self.rates.items() if name.startswith(start)), 1.0)
+                groups.setdefault(self.lr * rate, []).append(weight)
+        self.optimizers = [torch.optim.AdamW([{"params": weights, "lr": lr} for lr, weights in groups.items()],
+                                             betas=(0.9, 0.99), weight_decay=0.01)]
         if by_muon:
             self.optimizers.append(torch.optim.Muon(by_muon.values(), lr=self.matrices, weight_decay=0.01,
                                                     adjust_lr_fn="match_rms_adamw"))
+        self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.random = torch.Generator().manual_seed(self.seed)
 
     def update(self, loss: Tensor) -> None:
         """One optimiser step with warm-up and cosine decay; the average follows."""
         rate = min(1.0, (self.step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
-        for optimizer, lr in zip(self.optimizers, (self.lr, self.matrices), strict=False):
+        for optimizer, peaks in zip(self.optimizers, self._peaks, strict=True):
             optimizer.zero_grad(set_to_none=True)
-            for group in optimizer.param_groups:
+            for group, lr in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = lr * rate
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -79,7 +86,7 @@ class Run:
 
     def after(self, first: Run) -> Run:
         """This run with the history of the one before it put in front."""
-        self.losses = [(step - first.steps, loss) for step, loss in first.losses] + self.losses
+        self.losses = [(step - first.steps, *shown) for step, *shown in first.losses] + self.losses
         self.seconds += first.seconds
         return self
 
@@ -113,23 +120,28 @@ def block_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def train(run: Run, loss_of, path: Path, *, until: int | None = None, save_every: int = 250) -> None:
-    """Call `loss_of(run) -> scalar` until `run.steps` (or `until`), resuming from `path` when it exists."""
+    """Call `loss_of(run)` until `run.steps` (or `until`), resuming from `path` when it exists. It returns the loss, a scalar,
+    or a dict of scalars that holds it as "loss" and others to be shown."""
     if path.exists():
         run.load(path)
         print(f"continuing {path.stem} at step {run.step} of {run.steps}", flush=True)
     end = min(run.steps, until or run.steps)
     recent, clock = [], time.perf_counter()
     while run.step < end:
-        loss = loss_of(run)
-        run.update(loss)
-        recent.append(loss.detach())
+        found = loss_of(run)
+        terms = found if isinstance(found, dict) else {"loss": found}
+        run.update(terms["loss"])
+        recent.append(torch.stack([terms["loss"], *(terms[name] for name in terms if name != "loss")]).detach())
         if run.step % 50 == 0 or run.step == end:
             elapsed = time.perf_counter() - clock
             run.seconds += elapsed
             clock += elapsed
-            run.losses.append((run.step, round(float(torch.stack(recent).mean()), 5)))
+            means = [round(mean, 5) for mean in torch.stack(recent).mean(0).tolist()]
+            run.losses.append((run.step, *means))
             left = elapsed / len(recent) * (run.steps - run.step)
-            print(f"step {run.step:6d}/{run.steps}  loss {run.losses[-1][1]:.4f}  {left / 60:5.1f} min left", flush=True)
+            shown = zip(["loss", *(name for name in terms if name != "loss")], means, strict=True)
+            print(f"step {run.step:6d}/{run.steps}  {'  '.join(f'{name} {mean:.4f}' for name, mean in shown)}  "
+                  f"{left / 60:5.1f} min left", flush=True)
             recent = []
         if run.step % save_every == 0 or run.step == end:
             run.save(path)

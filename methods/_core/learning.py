@@ -1,0 +1,67 @@
+"""What methods that train have in common: how a run is described, and how the trained part is kept in a file.
+
+The trained part of a model is what has `requires_grad`: a method sets it, and everything else stays as it was.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of a training run on a bundled model, as `training(pipe, config)` of a method yields it.
+
+    `loss(images, labels, step, random)` is called with images (B, C, H, W) in [-1, 1], their labels (B,), the number of the
+    step from 0 on and the generator of all draws. Of the dict of scalars that it returns, "loss" is minimised, the others
+    are shown beside it. The next stage is asked for once this one is done and its averaged weights are in `model`.
+    """
+
+    model: nn.Module
+    loss: Callable[[Tensor, Tensor, int, torch.Generator], dict[str, Tensor]]
+    steps: int
+    batch: int
+    lr: float
+    rates: Mapping[str, float] = field(default_factory=dict)     # times `lr`, of parameters whose names begin so
+    average: float = 0.99                                         # decay of the exponential moving average of the weights
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that train, by name."""
+    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def save(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write the trained part of `model` to a safetensors file, in its own precision unless `dtype` is given.
+
+    Raises:
+        ValueError: nothing in the model trains.
+    """
+    state = trained(model)
+    if not state:
+        raise ValueError(f"no parameter of this {type(model).__name__} trains, so there is nothing to save")
+    save_file({name: weight.to("cpu", dtype).contiguous() for name, weight in state.items()}, path)
+
+
+@torch.no_grad()
+def load(model: nn.Module, path: str | Path) -> None:
+    """Read what `save` wrote into the trained part of `model`, which keeps its precision.
+
+    Raises:
+        ValueError: names or shapes are not those of the trained part; the model is as it was.
+    """
+    state, mine = load_file(path), trained(model)
+    for what, names in (("lacks", mine.keys() - state.keys()), ("also holds", state.keys() - mine.keys())):
+        if names:
+            raise ValueError(f"{Path(path).name} {what} {', '.join(sorted(names)[:3])} ({len(names)} in all): it was trained "
+                             "with another configuration or model")
+    for name, weight in mine.items():
+        if weight.shape != state[name].shape:
+            raise ValueError(f"{name} in {Path(path).name} has shape {tuple(state[name].shape)}, not {tuple(weight.shape)}")
+    for name, weight in mine.items():
+        weight.copy_(state[name])
