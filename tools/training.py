@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -145,27 +145,6 @@ def train(run: Run, loss_of, path: Path, *, until: int | None = None, save_every
             recent = []
         if run.step % save_every == 0 or run.step == end:
             run.save(path)
-
-
-def stratified(run: Run, size: int) -> Tensor:
-    """(size,) numbers in [0, 1), one in each of `size` equal parts, so that every batch covers all noise levels."""
-    return (torch.randperm(size, generator=run.random) + torch.rand(size, generator=run.random)) / size
-
-
-class Noised(NamedTuple):
-    """Noisy samples, their timesteps (B,), and v, what the model is to say of them; on the device to train on."""
-
-    x: Tensor
-    t: Tensor
-    v: Tensor
-
-
-def noised(run: Run, x0: Tensor, alphas: Tensor) -> Noised:
-    """`x0` (B, ...) with noise of levels spread over all of `alphas` (T,), the cumulative products of a scheduler."""
-    t = (stratified(run, len(x0)) * len(alphas)).long().clamp(max=len(alphas) - 1)
-    noise, at = torch.randn(x0.shape, generator=run.random), (-1, *[1] * (x0.ndim - 1))
-    a, s = alphas[t].sqrt().view(at), (1 - alphas[t]).sqrt().view(at)
-    return Noised((a * x0 + s * noise).to(device()), t.to(device()), (a * noise - s * x0).to(device()))
 
 
 def conditional(run: Run, x: Tensor, prompts: Tensor, size: int) -> tuple[Tensor, Tensor]:

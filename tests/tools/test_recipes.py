@@ -4,7 +4,7 @@ import torch
 
 from accel_tools import digits
 from accel_tools.recipes import ar, judges, video
-from accel_tools.training import Run, Trained, carry, conditional, stratified
+from accel_tools.training import Run, Trained, carry, conditional
 from methods._zoo.ar import CODES, build
 
 
@@ -34,11 +34,6 @@ def test_every_prompt_of_a_clip_is_in_the_vocabulary():
     ids = tokens(digits.prompts(), padding="max_length", max_length=video.text.SHORT).input_ids
     assert len(ids) == 40 and len({tuple(row) for row in ids}) == 40
     assert all(tokens.unk_token_id not in row and len(row) == video.text.SHORT for row in ids)
-
-
-def test_noise_levels_of_a_batch_are_spread_evenly():
-    run = Run(torch.nn.Linear(1, 1), steps=1, lr=0.1, average=0.9)
-    assert (stratified(run, 8) * 8).long().sort().values.tolist() == list(range(8))
 
 
 def test_a_tenth_of_the_prompts_is_dropped():

@@ -16,11 +16,11 @@ from accel_tools.training import (
     batch,
     carry,
     device,
-    noised,
     position_embedding,
     train,
     zero,
 )
+from methods._core.noise import Noising
 
 DIT = dict(num_attention_heads=4, attention_head_dim=32, in_channels=1, out_channels=1, num_layers=6, sample_size=32,
            patch_size=2, num_embeds_ada_norm=1000)     # the pipeline hard-codes 1000 as the null class
@@ -43,15 +43,15 @@ def dit_of(size: int):
 def v_loss(images: Tensor, y: Tensor, size: int) -> Callable[[Run], Tensor]:
     """Mean squared error of v at stratified noise levels; one label in ten is dropped."""
     from diffusers import DDIMScheduler
-    alphas = DDIMScheduler(**SCHEDULER).alphas_cumprod
+    noising = Noising(DDIMScheduler(**SCHEDULER))
 
     def loss_of(run: Run) -> Tensor:
         x0, label = batch(run, images, y, size)
         label = torch.where(torch.rand(size, generator=run.random) < 0.1, NULL_CLASS, label)
-        noisy = noised(run, x0, alphas)
+        noisy = noising.sample(x0.to(device()), run.random)
         with torch.autocast(device().type, dtype=torch.bfloat16):
             v = run.model(noisy.x, noisy.t, label.to(device())).sample
-        return F.mse_loss(v.float(), noisy.v)
+        return noising.loss(v, noisy)
     return loss_of
 
 

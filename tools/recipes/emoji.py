@@ -20,12 +20,11 @@ from accel_tools.training import (
     carry,
     conditional,
     device,
-    noised,
     position_embedding,
-    stratified,
     train,
     zero,
 )
+from methods._core.noise import Noising, stratified
 from methods._zoo import text
 
 DDIM = SCHEDULER | {"steps_offset": 1}                          # or the pipeline warns
@@ -62,15 +61,15 @@ def unet_of(size: int) -> nn.ModuleDict:
 def v_loss(ids: Tensor, pictures: Tensor, size: int) -> Callable[[Run], Tensor]:
     """Mean squared error of v at stratified noise levels; one prompt in ten is dropped."""
     from diffusers import DDIMScheduler
-    alphas = DDIMScheduler(**DDIM).alphas_cumprod
+    noising = Noising(DDIMScheduler(**DDIM))
 
     def loss_of(run: Run) -> Tensor:
         x0, prompt = conditional(run, pictures, ids, size)
-        noisy = noised(run, x0, alphas)
+        noisy = noising.sample(x0.to(device()), run.random)
         with torch.autocast(device().type, dtype=torch.bfloat16):
             words = run.model["text_encoder"](prompt.to(device())).last_hidden_state
             v = run.model["unet"](noisy.x, noisy.t, words).sample
-        return F.mse_loss(v.float(), noisy.v)
+        return noising.loss(v, noisy)
     return loss_of
 
 
@@ -122,7 +121,7 @@ def flow_loss(ids: Tensor, pictures: Tensor, size: int) -> Callable[[Run], Tenso
 
     def loss_of(run: Run) -> Tensor:
         x0, prompt = conditional(run, pictures, ids, size)
-        sigma = torch.special.ndtri(stratified(run, size).clamp(1e-4, 1 - 1e-4)).sigmoid()
+        sigma = torch.special.ndtri(stratified(size, run.random).clamp(1e-4, 1 - 1e-4)).sigmoid()
         noise = torch.randn(x0.shape, generator=run.random)
         s = sigma.view(-1, 1, 1, 1)
         empty = lengths[int(torch.multinomial(torch.tensor(chances), 1, generator=run.random))]

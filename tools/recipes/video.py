@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from accel_tools import digits
-from accel_tools.training import CHECKPOINTS, SCHEDULER, Run, Trained, device, noised, train, zero
+from accel_tools.training import CHECKPOINTS, SCHEDULER, Run, Trained, device, train, zero
+from methods._core.noise import Noising
 from methods._zoo import text
 
 TRANSFORMER = dict(num_attention_heads=4, attention_head_dim=32, in_channels=1, out_channels=1, time_embed_dim=128,
@@ -52,7 +52,7 @@ def rotary(frames: int) -> tuple[Tensor, Tensor]:
 def loss_on(frames: int, size: int) -> Callable[[Run], Tensor]:
     """Mean squared error of v on `size` clips of `frames` frames at stratified noise levels; one prompt in ten is dropped."""
     from diffusers import CogVideoXDDIMScheduler
-    alphas = CogVideoXDDIMScheduler(**DDIM).alphas_cumprod.float()
+    noising = Noising(CogVideoXDDIMScheduler(**DDIM))
     x, y = scans()
     tokenizer, (lengths, chances) = text.t5_tokenizer(), zip(*LENGTHS, strict=True)
     asked = [*digits.prompts(), ""]
@@ -67,11 +67,11 @@ def loss_on(frames: int, size: int) -> Callable[[Run], Tensor]:
         dropped = torch.rand(size, generator=run.random) < 0.1
         prompt = torch.where(dropped, len(asked) - 1, y[index] * len(digits.DIRECTIONS) + direction)
         length = lengths[int(torch.multinomial(torch.tensor(chances), 1, generator=run.random))]
-        noisy = noised(run, x0, alphas)
+        noisy = noising.sample(x0.to(device()), run.random)
         with torch.autocast(device().type, dtype=torch.bfloat16):
             words = run.model["text_encoder"](ids[length][prompt].to(device())).last_hidden_state
             v = run.model["transformer"](noisy.x, words, noisy.t, image_rotary_emb=positions).sample
-        return F.mse_loss(v.float(), noisy.v)
+        return noising.loss(v, noisy)
     return loss
 
 
