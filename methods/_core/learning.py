@@ -4,7 +4,7 @@ The trained part of a model is what has `requires_grad`: a method sets it, and e
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,20 @@ class Stage:
     lr: float
     rates: Mapping[str, float] = field(default_factory=dict)     # times `lr`, of parameters whose names begin so
     average: float = 0.99                                         # decay of the exponential moving average of the weights
+
+
+def train_only(model: nn.Module, parts: Sequence[str] | None) -> None:
+    """Let those parameters train that have one of `parts` in their names, or all if None; the others are frozen.
+
+    Raises:
+        ValueError: no parameter's name has such a part.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for part in parts or ():
+        if not any(part in name for name in names):
+            raise ValueError(f"{part!r} is part of no parameter's name in this {type(model).__name__}")
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(parts is None or any(part in name for part in parts))
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:

@@ -61,12 +61,14 @@ class Noising:
             ValueError: the output has neither C nor 2C channels, or a variance beside a prediction other than epsilon.
         """
         C = noisy.target.shape[1]
+        output = output.to(torch.promote_types(output.dtype, torch.float32))
+        target = noisy.target.to(output)
         if output.shape[1] == C:
-            return F.mse_loss(output.float(), noisy.target.float())
+            return F.mse_loss(output, target)
         if output.shape[1] != 2 * C or self.says != "epsilon":
             raise ValueError(f"an output of {output.shape[1]} channels does not fit {C} of {self.says}")
-        said, variance = output.float().split(C, dim=1)
-        return F.mse_loss(said, noisy.target.float()) + self.variance_bound(said.detach(), variance, noisy).mean()
+        said, variance = output.split(C, dim=1)
+        return F.mse_loss(said, target) + self.variance_bound(said.detach(), variance, noisy).mean()
 
     def variance_bound(self, eps: Tensor, variance: Tensor, noisy: Noisy) -> Tensor:
         """Bits per dimension (B,) of a learnt variance (Improved DDPM, section 3.1): the divergence of the model's step from

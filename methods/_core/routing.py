@@ -8,17 +8,17 @@ from torch import Tensor
 
 
 def gate(logits: Tensor, tau: float, random: torch.Generator | None = None) -> Tensor:
-    """0 or 1 for each of `logits`, in float32.
+    """0 or 1 for each of `logits`, in float32 or better.
 
     With a generator the logits get the difference of two Gumbel draws, which is one logistic draw, and are divided by `tau`;
     the gradient is that of their sigmoid. Without one a gate is open where its logit is positive.
     """
-    logits = logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if random is None:
-        return (logits > 0).float()
-    u = torch.rand(logits.shape, generator=random, device=random.device).to(logits.device)
+        return (logits > 0).to(logits)
+    u = torch.rand(logits.shape, generator=random, device=random.device).to(logits)
     soft = ((logits + torch.logit(u, eps=1e-7)) / tau).sigmoid()
-    return (soft > 0.5).float() + (soft - soft.detach())
+    return (soft > 0.5).to(soft) + (soft - soft.detach())
 
 
 def through(module: Callable[[Tensor], Tensor], x: Tensor, keep: Tensor) -> Tensor:

@@ -51,3 +51,44 @@ def channels(ff: nn.Module, active: Sequence[int], groups: int) -> nn.Module:
     kept = members(active, down.in_features // groups, down.weight.device)
     first = twin(ff.net[0], proj=narrow(ff.net[0].proj, kept))
     return twin(ff, net=twin(ff.net, **{"0": first, str(len(ff.net) - 1): narrow(down, columns=kept)}))
+
+
+class Heads(nn.Module):
+    """Attention of which the heads `open` count: None for all, some of them, or gates (B, H) to multiply each by."""
+
+    def __init__(self, attn: nn.Module):
+        super().__init__()
+        self.inner = attn
+        self.open: tuple[int, ...] | Tensor | None = None
+        attn.to_out[0].register_forward_pre_hook(self.scale)
+
+    def scale(self, _: nn.Module, args: tuple[Tensor]) -> Tensor:
+        return scaled(args[0], self.open)
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        attn = heads(self.inner, self.open) if isinstance(self.open, tuple) else self.inner
+        return attn(*args, **kwargs)
+
+
+class Channels(nn.Module):
+    """An MLP of which the groups `open` of its hidden channels count: None for all, some, or gates (B, groups)."""
+
+    def __init__(self, ff: nn.Module, groups: int):
+        super().__init__()
+        self.inner, self.groups = ff, groups
+        self.open: tuple[int, ...] | Tensor | None = None
+        ff.net[0].proj.register_forward_hook(self.scale)             # before the activation, which leaves 0 at 0
+
+    def scale(self, _: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
+        return scaled(out, self.open)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ff = channels(self.inner, self.open, self.groups) if isinstance(self.open, tuple) else self.inner
+        return ff(x)
+
+
+def scaled(x: Tensor, gates: tuple[int, ...] | Tensor | None) -> Tensor:
+    """x (B, N, C), its C channels in H equal groups, each times its gate (B, H), if there are gates."""
+    if not isinstance(gates, Tensor):
+        return x
+    return x * gates.repeat_interleave(x.shape[-1] // gates.shape[-1], dim=-1)[:, None].to(x)
