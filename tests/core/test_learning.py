@@ -1,0 +1,59 @@
+import pytest
+import torch
+from torch import nn
+
+from methods import _trained, weights
+from methods._core.learning import load, save, train_only, trained
+
+
+def model(*, parts=("0.",), width=3):
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(2, width), nn.Linear(width, 1))
+    train_only(made, parts)
+    return made
+
+
+def test_only_what_is_named_trains():
+    assert list(trained(model())) == ["0.weight", "0.bias"]
+    assert len(trained(model(parts=None))) == 4 and not trained(model(parts=()))
+    with pytest.raises(ValueError, match="'2.' is part of no parameter's name"):
+        model(parts=("0.", "2."))
+
+
+def test_a_file_keeps_every_bit_or_half_of_them(tmp_path):
+    made, other = model(), model()
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.uniform_()
+    frozen = other[1].weight.clone()
+    save(made, tmp_path / "a.safetensors")
+    load(other, tmp_path / "a.safetensors")
+    assert torch.equal(other[0].weight, made[0].weight) and torch.equal(other[1].weight, frozen)
+    save(made, tmp_path / "b.safetensors", torch.float16)
+    load(other, tmp_path / "b.safetensors")
+    assert torch.equal(other[0].weight, made[0].weight.half().float()) and other[0].weight.dtype == torch.float32
+    assert (tmp_path / "b.safetensors").stat().st_size < (tmp_path / "a.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("other, words", [
+    (dict(parts=None), "part.safetensors lacks 1.bias, 1.weight"), (dict(parts=("0.weight",)), "also holds 0.bias"),
+    (dict(width=4), r"0.weight in part.safetensors has shape \(3, 2\), not \(4, 2\)")])
+def test_a_file_of_another_part_is_refused_before_anything_changes(tmp_path, other, words):
+    save(model(), tmp_path / "part.safetensors")
+    made = model(**other)
+    with torch.no_grad():
+        made[0].weight.fill_(7)
+    with pytest.raises(ValueError, match=words):
+        load(made, tmp_path / "part.safetensors")
+    assert (made[0].weight == 7).all()
+
+
+def test_nothing_to_save_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no parameter of this Sequential trains"):
+        save(model(parts=()), tmp_path / "none.safetensors")
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    known = sorted(path.stem for path in _trained.FOLDER.glob("*.safetensors"))
+    with pytest.raises(ValueError, match=f"no trained weights 'none'; there are: {', '.join(known)}"):
+        weights("none")
