@@ -17,15 +17,15 @@ Map
     the static sub-network of a timestep                   subnetworks
 
 Departures
-    The class-conditional code of the authors multiplies by masks and is no faster. Here a call at one timestep runs on
+    The class-conditional code of the authors multiplies by masks and is no faster. Here a call at one timestep runs on the
     weights of the open heads and groups only, and the MLP on the tokens that take it. Where timesteps differ within a
     batch, and in `loss`, masks are multiplied.
-    The official training loop steps its optimiser before and again after it clips the gradient, and leaves the second step
-    out where the norm is above the limit; `loss` leaves optimisers alone, and the trainer here takes one clipped step.
-    Heads and channels keep the order of the pretrained model, as in the official code, whose call that sorts them by
-    importance is commented out. Timesteps are stratified over the whole batch instead of over four parts.
-    In the library's DiT each block embeds the timestep by itself; the routers of a block read that embedding. On PixArt
-    cross-attention is not routed and not counted.
+    The official training loop steps its optimiser both before and after it clips the gradient, and leaves the second step
+    out where the norm is above the limit. `loss` leaves that to the trainer; ours takes one clipped step.
+    Heads and channels keep the order of the pretrained model, as in the official code, where the call that sorts them by
+    importance is commented out. Timesteps are stratified over the whole batch instead of over four parts of it.
+    In the library's DiT each block embeds the timestep by itself, and its routers read that. On PixArt, for which there is
+    no official code, cross-attention is neither routed nor counted.
 
 Example
     >>> import methods
@@ -75,13 +75,11 @@ class Config:
     seed: int = 0                       # of the routers' weights
 
     def __post_init__(self):
-        if not 0 < self.target <= 1:
-            raise ValueError(f"target={self.target} must be above 0 and at most 1")
-        if not self.tau > 0:
-            raise ValueError(f"tau={self.tau} must be positive")
-        for name in ("weight", "warmup", "delay", "complete"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        if not (0 < self.target <= 1 and self.tau > 0):
+            raise ValueError(f"target={self.target} must be above 0 and at most 1, and tau={self.tau} above 0")
+        for name, least in (("weight", 0), ("warmup", 1), ("delay", 0), ("complete", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
 
 
 OFF = Config(target=1.0)
@@ -112,9 +110,7 @@ def share(gates: Gates, A: float, M: float) -> Tensor:
 
 def annealed(step: int, config: Config) -> float:
     """The target at a step of training."""
-    if step < config.delay:
-        return 1.0
-    return 1 - (1 - config.target) * (min(1.0, step / config.warmup) if config.warmup else 1.0)
+    return 1 - (1 - config.target) * (0 if step < config.delay else min(1, step / config.warmup))
 
 
 class Router(nn.Module):
@@ -122,9 +118,8 @@ class Router(nn.Module):
 
     def __init__(self, dim: int, heads: int, config: Config, random: torch.Generator):
         super().__init__()
-        self.heads, self.channels, first, last = (
-            nn.utils.skip_init(nn.Linear, *size)
-            for size in ((dim, heads - 1), (dim, heads - 1), (dim, dim // 16), (dim // 16, 1)))
+        sizes = (dim, heads - 1), (dim, heads - 1), (dim, dim // 16), (dim // 16, 1)
+        self.heads, self.channels, first, last = (nn.utils.skip_init(nn.Linear, *size) for size in sizes)
         self.tokens = nn.Sequential(first, nn.ReLU(), last)
         for layer, bias in ((self.heads, config.bias), (self.channels, config.bias), (first, 0.0), (last, config.token_bias)):
             nn.init.xavier_uniform_(layer.weight, generator=random)
@@ -132,18 +127,17 @@ class Router(nn.Module):
 
 
 class Mlp(width.Channels):
-    """The MLP of a block, for the tokens that take it: all of them if None, or gates (B, N)."""
+    """The MLP of a block, for the tokens that take it."""
 
-    tokens: Tensor | None = None
+    tokens: Tensor | None = None                           # gates (B, N); None: all take it
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tokens is None:
             return super().forward(x)
         if self.tokens.shape != x.shape[:2]:
             raise RuntimeError(f"the MLP got {tuple(x.shape[:2])} tokens of {tuple(self.tokens.shape)}: switch chunking off")
-        if isinstance(self.open, Tensor):
-            return super().forward(x) * self.tokens[..., None].to(x)
-        return through(super().forward, x, self.tokens > 0)
+        masked = isinstance(self.open, Tensor)
+        return super().forward(x) * self.tokens[..., None].to(x) if masked else through(super().forward, x, self.tokens > 0)
 
 
 class Routers(nn.ModuleList):
@@ -153,9 +147,9 @@ class Routers(nn.ModuleList):
         random = torch.Generator().manual_seed(config.seed)
         super().__init__(Router(block.attn.to_q.in_features, block.attn.heads, config, random) for block in blocks)
         self.config = config
-        self.random: torch.Generator | None = None             # of the gates while `loss` runs; else they are sharp
-        self.off = False                                       # whether all gates are open, whatever the routers say
-        self.said: tuple[Tensor, Tensor] | None = None         # of heads and channels in the last call
+        self.random: torch.Generator | None = None         # of the gates while `loss` runs; else they are sharp
+        self.off = False                                   # whether all gates are open, whatever the routers say
+        self.said: tuple[Tensor, Tensor] | None = None     # of heads and channels in the last call
 
     def decide(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before a call: open what its timesteps need; where they are one, that is a static sub-network."""
@@ -163,7 +157,7 @@ class Routers(nn.ModuleList):
         if self.off:
             return
         inputs = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
-        t = torch.as_tensor(inputs["timestep"], device=self[0].heads.weight.device).expand(len(inputs["hidden_states"]))
+        t = torch.as_tensor(inputs["timestep"]).to(self[0].heads.weight.device).expand(len(inputs["hidden_states"]))
         static = self.random is None and bool((t == t[0]).all())
         self.said = subnetworks(model, t[:1] if static else t)
         parts = [gates[0].tolist() if static else gates.unbind(1) for gates in self.said]
@@ -172,7 +166,7 @@ class Routers(nn.ModuleList):
                 layer.open = found if not static else None if all(found) else tuple(i for i, on in enumerate(found) if on)
 
     def look(self, router: Router, mlp: Mlp, _: nn.Module, args: tuple[Tensor]) -> None:
-        """Before the norm of the MLP: decide on the tokens of the residual stream (B, N, D)."""
+        """Before the norm of the MLP, which is given the residual stream (B, N, D): decide on its tokens."""
         if not self.off:
             mlp.tokens = gate(router.tokens(args[0])[..., 0], self.config.tau, self.random)
 
@@ -192,16 +186,14 @@ class Routers(nn.ModuleList):
             self.forget(model)                                 # gates with a gradient, which could not be copied
 
 
-def _embeddings(model: nn.Module, block: Block) -> nn.Module | None:
-    """What embeds the timestep: in each block (DiT) or once (PixArt)."""
+def _embeddings(model: nn.Module, block: Block) -> nn.Module | None:         # of the timestep: in each block (DiT), or one
     return getattr(block.norm, "emb", None) or getattr(getattr(model, "adaln_single", None), "emb", None)
 
 
 def _routers(model: nn.Module) -> Routers:
-    routers = getattr(model, "routers", None)
-    if not isinstance(routers, Routers):
+    if not isinstance(getattr(model, "routers", None), Routers):
         raise ValueError(f"this {type(model).__name__} has no routers: convert it first, with a target below 1")
-    return routers
+    return model.routers
 
 
 def subnetworks(model: nn.Module, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,7 +230,7 @@ def convert(model: nn.Module, config: Config = Config()) -> nn.Module:
     if config.target == 1:
         return model
     blocks = describe(model).blocks
-    model.routers = routers = Routers(blocks, config).to(blocks[0].attn.to_q.weight)
+    model.routers = routers = Routers(blocks, config).to(model.dtype).to(model.device)
     for router, block in zip(routers, blocks, strict=True):
         mlp = Mlp(block.ff, block.attn.heads)
         norm = getattr(block.module, "norm3", None) or block.module.norm2               # the one before the MLP
@@ -266,34 +258,32 @@ def left(model: nn.Module) -> Tensor:
 
 def loss(model: nn.Module, noising: Noising, x0: Tensor, *, step: int, random: torch.Generator, **conditions: Any
          ) -> dict[str, Tensor]:
-    """The training loss of a converted model: `loss`, and for show its part `dynamic`, the `share` and its `target`.
+    """The training loss of a converted model as `loss`, and for show its part `dynamic`, the `share` and its `target`.
 
     Args:
         noising: of the pipeline's scheduler.
         x0: (B, C, H, W), clean latents.
-        step: of the training, from 0 on; it decides on the target and on whether the complete model trains too.
+        step: of the training, from 0 on; the target depends on it, and whether the complete model trains too.
         random: of timesteps, noise and gates.
         conditions: further inputs of the model, such as `class_labels`.
 
     Raises:
-        ValueError: not converted, or in training mode, in which the library drops the labels in each block apart.
+        ValueError: not converted, in training mode, or with gradient checkpointing.
     """
     routers = _routers(model)
     if model.training:
         raise ValueError("the model is in training mode, in which each block drops labels by itself: call model.eval()")
-    config, noisy = routers.config, noising.sample(x0, random)
-
-    def error() -> Tensor:
-        return noising.loss(model(hidden_states=noisy.x, timestep=noisy.t, **conditions).sample, noisy)
-
+    if getattr(model, "gradient_checkpointing", False):
+        raise ValueError("gradient checkpointing runs blocks again when their gates are gone: switch it off")
+    config, noisy, target = routers.config, noising.sample(x0, random), annealed(step, routers.config)
+    call = functools.partial(model, hidden_states=noisy.x, timestep=noisy.t, **conditions)
     with routers.under(model, random):
-        dynamic = error()
+        dynamic = noising.loss(call().sample, noisy)
         part = left(model).mean()
-    target = annealed(step, config)
     total = dynamic + config.weight * (part - target) ** 2
     if step < config.complete:
         with routers.under(model):
-            total = total + error()
+            total = total + noising.loss(call().sample, noisy)
     return {"loss": total, "dynamic": dynamic, "share": part, "target": part.new_tensor(target)}
 
 
@@ -303,8 +293,7 @@ def training(pipe: Any, config: Config) -> Iterator[Stage]:
     null = model.config.num_embeds_ada_norm
 
     def step_loss(images: Tensor, labels: Tensor, step: int, random: torch.Generator) -> dict[str, Tensor]:
-        dropped = torch.rand(len(labels), generator=random) < 0.1
-        labels = torch.where(dropped.to(labels.device), null, labels)
+        labels = labels.where((torch.rand(len(labels), generator=random) >= 0.1).to(labels.device), null)
         with torch.autocast(images.device.type, dtype=torch.bfloat16):
             return loss(model, noising, images, step=step, random=random, class_labels=labels)
 

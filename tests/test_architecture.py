@@ -43,7 +43,7 @@ def test_kernels_know_only_torch_and_triton_stays_in_its_folder():
 
 
 def test_core_and_zoo_know_no_method_and_no_tool():
-    for path in [*files("methods/_core"), *files("methods/_zoo")]:
+    for path in [*files("methods/_core"), *files("methods/_zoo"), *files("methods/_trained")]:
         assert not {f"methods.{slug}" for slug in ENTRIES} & imports(path), path
         assert "accel_tools" not in tops(path), path
 

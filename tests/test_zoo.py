@@ -1,5 +1,6 @@
 """The bundled models: what their cards say is what they are."""
 import hashlib
+import importlib
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 
 import methods
 from accel_tools.tasks import TASKS
-from methods import sjd
+from methods import _trained, sjd
 from methods._zoo import FOLDER, MODELS, judge, load_judge, text
 from methods._zoo.emoji_judge import nearest_clusters
 
@@ -27,6 +28,16 @@ def test_card_and_weights_agree(name):
 def test_the_zoo_is_small():
     assert sum(path.stat().st_size for path in FOLDER.glob("*.safetensors")) <= 32 * 2 ** 20
     assert len(text.clip_tokenizer()) <= 2048
+
+
+@pytest.mark.parametrize("path", sorted(_trained.FOLDER.glob("*.safetensors")), ids=lambda path: path.stem)
+def test_card_and_trained_weights_agree(path):
+    card = _trained.weights_card(path.stem)
+    assert card["name"] in importlib.import_module(f"methods.{card['method']}").TRAINED
+    assert card["bytes"] == path.stat().st_size <= 2 * 2 ** 20
+    assert card["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
+    assert card["loss"][-1][-1][1] < card["loss"][0][0][1] and card["metrics"]
 
 
 def test_the_judges_know_real_images():

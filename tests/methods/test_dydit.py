@@ -52,7 +52,7 @@ def test_the_target_falls_from_one():
     config = dydit.Config(target=0.5, warmup=1000, delay=100)
     found = [dydit.annealed(step, config) for step in (0, 99, 100, 500, 1000, 5000)]
     assert found == pytest.approx([1, 1, 0.95, 0.75, 0.5, 0.5])
-    assert dydit.annealed(0, dydit.Config(target=0.3, warmup=0, delay=0)) == pytest.approx(0.3)
+    assert dydit.annealed(1, dydit.Config(target=0.3, warmup=1, delay=0)) == pytest.approx(0.3)
 
 
 def test_the_penalty_is_that_of_the_mean_share():
@@ -141,7 +141,7 @@ def test_bits_do_not_depend_on_the_batch_around_a_sub_network():
 
 
 def test_gradients_reach_every_router_through_the_penalty_alone():
-    _, model, x, y = routed(weight=1.0, warmup=0, delay=0, complete=0)
+    _, model, x, y = routed(weight=1.0, complete=0)
     with model.routers.under(model, torch.Generator().manual_seed(0)):
         model(x, timestep=torch.tensor([10, 400, 900]), class_labels=y)
         (dydit.left(model).mean() - 0.1).square().backward()
@@ -175,7 +175,7 @@ def test_equals_the_official_code():
 
 @pytest.mark.parametrize("wrong, named", [
     ({"target": 0.0}, "target=0.0"), ({"target": 1.5}, "target=1.5"), ({"target": float("nan")}, "target=nan"),
-    ({"tau": 0.0}, "tau=0.0"), ({"weight": -1.0}, "weight=-1.0"), ({"warmup": -1}, "warmup=-1"), ({"delay": -5}, "delay=-5"),
+    ({"tau": 0.0}, "tau=0.0"), ({"weight": -1.0}, "weight=-1.0"), ({"warmup": 0}, "warmup=0"), ({"delay": -5}, "delay=-5"),
     ({"complete": -2}, "complete=-2")])
 def test_bad_values_are_named(wrong, named):
     with pytest.raises(ValueError, match=named):
@@ -192,7 +192,10 @@ def test_what_cannot_be_is_refused():
         dydit.subnetworks(plain, torch.tensor([5]))
     with pytest.raises(ValueError, match="training mode"):
         dydit.loss(model.train(), Noising(methods.tiny("dit").scheduler), x, step=0, random=torch.Generator(), class_labels=y)
-    model.eval()
+    model.eval().enable_gradient_checkpointing()
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        dydit.loss(model, Noising(methods.tiny("dit").scheduler), x, step=0, random=torch.Generator(), class_labels=y)
+    model.disable_gradient_checkpointing()
     model.transformer_blocks[0].set_chunk_feed_forward(64, 1)
     with pytest.raises(RuntimeError, match="switch chunking off"):
         answer(model, x, 500, y)
