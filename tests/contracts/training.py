@@ -211,7 +211,7 @@ def it_costs_less(case: Case) -> None:
 def a_copy_stands_by_itself(case: Case) -> None:
     pipe, _ = case.pipe(case.method.TINY)
     case.loss(pipe.transformer)["loss"].backward()
-    out, other = case.run(pipe), copy.deepcopy(pipe.transformer)
+    other, out = copy.deepcopy(pipe.transformer), case.run(pipe)
     case.train(other, 3)
     assert torch.equal(case.run(pipe), out)
     pipe.transformer = other

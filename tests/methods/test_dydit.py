@@ -69,7 +69,12 @@ def test_the_penalty_is_that_of_the_mean_share():
     complete = early["loss"] - early["dynamic"] - 3 * (early["share"] - 1) ** 2
     noisy = noising.sample(x, torch.Generator().manual_seed(0))
     plain = noising.loss(answer(methods.tiny("dit").transformer, noisy.x, noisy.t, y), noisy)
-    assert complete == pytest.approx(float(plain), rel=1e-4) and found(4)["loss"] < early["loss"] + early["dynamic"]
+    assert complete == pytest.approx(float(plain), rel=1e-4)
+    last, first = found(3), found(4)
+    for terms, target in ((last, 0.82), (first, 0.76)):
+        assert terms["target"] == pytest.approx(target)
+    assert last["loss"] > last["dynamic"] + 3 * (last["share"] - 0.82) ** 2 + 0.5 * complete
+    assert first["loss"] == pytest.approx(first["dynamic"] + 3 * (first["share"] - 0.76) ** 2)
 
 
 # ---- the model --------------------------------------------------------------------------------------------------------
@@ -88,9 +93,10 @@ def test_a_sub_network_equals_the_masked_model():
         sliced = answer(model, x, t, y)
         heads, channels, tokens = dydit.opened(model)
         assert all(0 < part.mean() < 1 for part in (heads, channels, tokens))
-        masked = answer(model, torch.cat([x, x[:1]]), [t, t, t, 990 - t], torch.cat([y, y[:1]]))[:3]
-        torch.testing.assert_close(sliced, masked, atol=1e-10, rtol=1e-10)
+        masked = answer(model, torch.cat([x, x[:1]]), [t, t, t, 990 - t], torch.cat([y, y[:1]]))
+        torch.testing.assert_close(masked[:3], sliced, atol=1e-10, rtol=1e-10)
         assert torch.equal(dydit.opened(model).tokens[:3], tokens)
+        torch.testing.assert_close(masked[3:], answer(model, x[:1], 990 - t, y[:1]), atol=1e-10, rtol=1e-10)
 
 
 def test_sub_networks_ahead_are_those_of_the_run():
