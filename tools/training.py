@@ -46,7 +46,8 @@ class Run:
     seed: int = 0
     step: int = 0
     seconds: float = 0.0
-    losses: list[tuple[float, ...]] = field(default_factory=list)     # step, loss, and whatever is shown beside it
+    losses: list[tuple[float, ...]] = field(default_factory=list)     # step and what is shown
+    shown: tuple[str, ...] = ("loss",)
 
     def __post_init__(self):
         self.averaged = copy.deepcopy(self.model).requires_grad_(False)
@@ -95,7 +96,8 @@ class Run:
         state = {"model": self.model.state_dict(), "averaged": self.averaged.state_dict(),
                  "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "random": self.random.get_state(),
                  "torch": torch.get_rng_state(),
-                 "step": self.step, "steps": self.steps, "seconds": self.seconds, "losses": self.losses}
+                 "step": self.step, "steps": self.steps, "seconds": self.seconds, "losses": self.losses,
+                 "shown": self.shown}
         torch.save(state, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
 
@@ -109,7 +111,8 @@ class Run:
             optimizer.load_state_dict(kept)
         self.random.set_state(state["random"].cpu())
         torch.set_rng_state(state["torch"].cpu())
-        self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.losses, self.shown = state["losses"], state.get("shown", self.shown)
 
 
 def block_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -131,7 +134,8 @@ def train(run: Run, loss_of, path: Path, *, until: int | None = None, save_every
         found = loss_of(run)
         terms = found if isinstance(found, dict) else {"loss": found}
         run.update(terms["loss"])
-        recent.append(torch.stack([terms["loss"], *(terms[name] for name in terms if name != "loss")]).detach())
+        run.shown = ("loss", *(name for name in terms if name != "loss"))
+        recent.append(torch.stack([terms[name].detach() for name in run.shown]))
         if run.step % 50 == 0 or run.step == end:
             elapsed = time.perf_counter() - clock
             run.seconds += elapsed
@@ -139,9 +143,8 @@ def train(run: Run, loss_of, path: Path, *, until: int | None = None, save_every
             means = [round(mean, 5) for mean in torch.stack(recent).mean(0).tolist()]
             run.losses.append((run.step, *means))
             left = elapsed / len(recent) * (run.steps - run.step)
-            shown = zip(["loss", *(name for name in terms if name != "loss")], means, strict=True)
-            print(f"step {run.step:6d}/{run.steps}  {'  '.join(f'{name} {mean:.4f}' for name, mean in shown)}  "
-                  f"{left / 60:5.1f} min left", flush=True)
+            shown = "  ".join(f"{name} {mean:.4f}" for name, mean in zip(run.shown, means, strict=True))
+            print(f"step {run.step:6d}/{run.steps}  {shown}  {left / 60:5.1f} min left", flush=True)
             recent = []
         if run.step % save_every == 0 or run.step == end:
             run.save(path)

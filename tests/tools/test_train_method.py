@@ -34,6 +34,7 @@ def test_weights_card_and_what_they_are_worth(short, capsys):
     assert "share" in capsys.readouterr().out
     card = json.loads((short / "tiny.json").read_text())
     assert card["method"] == "dydit" and card["config"]["tau"] == 5.0 and card["stages"][0]["steps"] == 4
+    assert card["stages"][0]["shown"] == ["step", "loss", "dynamic", "share", "target"] and len(card["loss"][0][-1]) == 5
     assert card["bytes"] == methods.weights("tiny").stat().st_size and card["loss"][0][-1][0] == 4
     plain, found = card["metrics"]["plain"], card["metrics"]["dydit"]
     assert found["macs_per_image"] < plain["macs_per_image"] and plain["steps"] == found["steps"] == 2

@@ -40,6 +40,19 @@ def test_resuming_is_exact(tmp_path, matrices):
     assert whole.losses[-1][0] == second.losses[-1][0] == 6
 
 
+def test_groups_of_weights_learn_at_rates_of_their_own_and_frozen_ones_not_at_all(tmp_path):
+    torch.manual_seed(0)
+    model = Blocks()
+    model.transformer_blocks[2].requires_grad_(False)
+    frozen = model.transformer_blocks[2].weight.clone()
+    run = training.Run(model, steps=6, lr=1e-2, average=0.9, rates={"transformer_blocks.0.weight": 5.0})
+    training.train(run, lambda run: {"size": torch.tensor(2.0), "loss": loss_of(run)}, tmp_path / "run.ckpt")
+    slow, fast = run.optimizers[0].param_groups[::-1]
+    assert [weight.shape for weight in fast["params"]] == [(8, 4)] and [weight.shape for weight in slow["params"]] == [(8,)]
+    assert fast["lr"] == pytest.approx(5 * slow["lr"]) and torch.equal(model.transformer_blocks[2].weight, frozen)
+    assert run.shown == ("loss", "size") and run.losses[-1][2] == 2.0
+
+
 def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
     run = fresh(matrices=5e-2)
     adamw, muon = ([weight.shape for group in optimizer.param_groups for weight in group["params"]]

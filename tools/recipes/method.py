@@ -43,7 +43,8 @@ def train_method(slug: str, name: str, seed: int, scale: float, command: str) ->
                   rates=stage.rates, seed=seed + i)
         train(run, loss_of, CHECKPOINTS / f"{name}-{i}.ckpt", save_every=100)
         stage.model.load_state_dict(run.averaged.state_dict())
-        stages.append({"steps": run.steps, "batch": stage.batch, "lr": stage.lr, "seconds": round(run.seconds)})
+        stages.append({"steps": run.steps, "batch": stage.batch, "lr": stage.lr, "seconds": round(run.seconds),
+                       "shown": ["step", *run.shown]})
         history += [run.losses[:: max(1, len(run.losses) // 100)]]
     path = _trained.FOLDER / f"{name}.safetensors"
     learning.save(stage.model, path, torch.float16)
