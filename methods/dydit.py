@@ -13,7 +13,7 @@ Map
     A = 4 N D^2 + 2 N^2 D, M = 8 N D^2                     costs
     F_dynamic / F_static                                   share
     target, annealed from 1                                annealed
-    L = L_dynamic + L_complete + w (mean share - target)^2 loss
+    L_dynamic + L_complete + w (mean share - target)^2     loss
     the static sub-network of a timestep                   subnetworks
 
 Departures

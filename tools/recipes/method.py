@@ -4,10 +4,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
+from torch import nn
 
 import methods
 from accel_tools import digits
@@ -69,20 +71,21 @@ def metrics(slug: str, name: str, n: int, seed: int = 0) -> dict[str, Any]:
         model = module.build(config)
         learning.load(model, _trained.weights(name))
         return rounded(module.metrics(model, *digits.split(held_out=True)))
-    task, pipe = TASKS["dit"], methods.tiny("dit")
-    plain = pipe.transformer
-    converted = module.convert(plain, config)
+    task, converted = TASKS["dit"], module.convert(methods.tiny("dit").transformer, config)
     learning.load(converted, _trained.weights(name))
-    prompts = task.prompts(n)
-
-    def measured(model: torch.nn.Module, steps: int) -> dict[str, Any]:
-        pipe.transformer = model
-        macs = count_macs(lambda: task.sample(pipe, steps, prompts[:10]))
-        quality = task.quality(task.sample(pipe, steps, prompts, seed=seed), prompts)
-        return {"steps": steps, "macs_per_image": macs // 10, **{key: quality[key] for key in ("label_accuracy", "frechet")}}
-
-    rows = {"plain": measured(plain, task.steps), slug: measured(converted, task.steps)}
+    rows = {"plain": drawn(n, task.steps, seed), slug: drawn(n, task.steps, seed, converted)}
     fewer = equal_cost_steps(rows[slug]["macs_per_image"], rows["plain"]["macs_per_image"], task.steps)
-    rows["plain, fewer steps"] = measured(plain, fewer)
-    return rounded({"sampler": f"{type(pipe.scheduler).__name__}, guidance {task.guidance}, seed {seed}", "n": n, **rows,
+    rows["plain, fewer steps"] = drawn(n, fewer, seed)
+    return rounded({"guidance": task.guidance, "seed": seed, "n": n, **rows,
                     "frechet_real_vs_real": task.real_frechet(n)["frechet"]})
+
+
+@cache
+def drawn(n: int, steps: int, seed: int, model: nn.Module | None = None) -> dict[str, Any]:
+    """What `n` digits cost and what the judge says of them, drawn by the bundled DiT, or by `model` in its pipeline."""
+    task, pipe = TASKS["dit"], methods.tiny("dit")
+    pipe.transformer = model or pipe.transformer
+    prompts = task.prompts(n)
+    macs = count_macs(lambda: task.sample(pipe, steps, prompts[:10], seed=seed)) // 10
+    found = task.quality(task.sample(pipe, steps, prompts, seed=seed), prompts)
+    return {"steps": steps, "macs_per_image": macs, "label_accuracy": found["label_accuracy"], "frechet": found["frechet"]}
