@@ -9,6 +9,7 @@ from accel_tools.macs import count_macs
 from methods import dydit
 from methods._core.denoiser import describe
 from methods._core.noise import Noising
+from methods._trained import weights_card
 
 
 @pytest.mark.parametrize("check, case", training.cases(dydit), ids=training.name)
@@ -221,3 +222,13 @@ def test_the_trained_weights_hold_their_target(name):
     pipe([3, 1, 4, 1], num_inference_steps=10, generator=torch.Generator().manual_seed(0))
     assert sum(shares) / len(shares) == pytest.approx(config.target, abs=0.06) and max(shares) - min(shares) > 0.02
     assert all(isinstance(block.ff, dydit.Mlp) for block in describe(pipe.transformer).blocks)
+
+
+@pytest.mark.parametrize("name", dydit.TRAINED)
+def test_the_cards_bear_out_the_claim(name):
+    """At the cost of its target the digits are as right as plain ones, and nearer to real ones than with fewer steps."""
+    card = weights_card(name)["metrics"]
+    plain, fewer, found = card["plain"], card["plain, fewer steps"], card["dydit"]
+    assert found["macs_per_image"] / plain["macs_per_image"] == pytest.approx(dydit.TRAINED[name].target, abs=0.05)
+    assert fewer["macs_per_image"] <= found["macs_per_image"] and fewer["steps"] < found["steps"] == plain["steps"]
+    assert found["label_accuracy"] >= 0.98 and found["frechet"] < fewer["frechet"]
