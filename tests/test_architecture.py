@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.metadata
 import subprocess
 import sys
@@ -38,8 +39,8 @@ def test_kernels_know_only_torch_and_triton_stays_in_its_folder():
         third_party = tops(path) - set(sys.stdlib_module_names) - {"accel_kernels"}
         allowed = {"torch", "triton"} if path.parent.name == "_triton" else {"torch"}
         assert third_party <= allowed, path
-    for path in [*files("methods"), *files("tools")]:
-        assert "triton" not in tops(path) or path.name in ("compile_kernels.py", "kernel_bench.py"), path
+    for path in {*files("methods"), *files("tools")} - {ROOT / "tools/compile_kernels.py", ROOT / "tools/measure/kernels.py"}:
+        assert "triton" not in tops(path), path
 
 
 def test_core_and_zoo_know_no_method_and_no_tool():
@@ -65,6 +66,30 @@ def test_a_method_can_be_read_in_one_sitting():
         path = ROOT / f"methods/{slug}.py"
         if path.exists():
             assert len(path.read_text().splitlines()) <= 350, path
+
+
+ROOMS = ("catalog", "pages", "zoo", "measure")          # of tools; each may import those before it, and commands all of them
+
+
+def modules_of_tools() -> dict[str, set[str]]:
+    """Module of accel_tools -> the modules of it that it imports."""
+    paths = {".".join(("accel_tools", *path.relative_to(ROOT / "tools").with_suffix("").parts)).removesuffix(".__init__"): path
+             for path in files("tools")}
+    return {name: imports(path) & paths.keys() - {name} for name, path in paths.items()}
+
+
+def test_tools_lie_in_rooms_by_job():
+    for name, needed in modules_of_tools().items():
+        room = name.split(".")[1]
+        if room in ROOMS:
+            strange = {other for other in needed if other.split(".")[1] not in ROOMS[:ROOMS.index(room) + 1]}
+            if name == "accel_tools.measure.growth":             # times the checker
+                strange -= {"accel_tools.check_catalog"}
+            assert not strange, name
+
+
+def test_tools_import_in_no_circle():
+    assert list(graphlib.TopologicalSorter(modules_of_tools()).static_order())
 
 
 def test_no_drawers():

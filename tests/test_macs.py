@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import FAMILIES, WORDS
 
-from accel_tools.macs import count_macs, equal_cost_steps
+from accel_tools.measure.macs import count_macs, equal_cost_steps
 from methods import fora, toca, tome
 from methods._core.denoiser import describe
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import methods
-from accel_tools.tasks import TASKS
+from accel_tools.measure.tasks import TASKS
 from methods import _trained, sjd
 from methods._zoo import FOLDER, MODELS, judge, load_judge, text
 from methods._zoo.emoji_judge import nearest_clusters

@@ -17,7 +17,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from accel_tools.tasks import TASKS, DigitClips, DigitImages, DigitTokens, EmojiImages, TokenModel
+from accel_tools.measure.tasks import TASKS, DigitClips, DigitImages, DigitTokens, EmojiImages, TokenModel
 from methods._zoo.ar import DigitLM, build
 from methods._zoo.pixel_vae import PixelVAE
 from methods._zoo.text import clip_config, clip_tokenizer, t5_config, t5_tokenizer

@@ -28,14 +28,12 @@ from pathlib import Path
 
 import torch
 
-from accel_tools import catalog_bench, cluster, kernel_bench, plan_bench, records, studies
-from accel_tools.catalog import ROOT, load
-from accel_tools.cells import Cells
-from accel_tools.realistic import CASES, SWITCHES, Case, Realistic
-from accel_tools.sweep import PAPER, QUICK, Bench, Work, work
-from accel_tools.tasks import TASKS, bundled
-
-FOLDER = ROOT / "build/bench/cells"
+from accel_tools.catalog import load
+from accel_tools.measure import cluster, growth, kernels, plans, records, studies
+from accel_tools.measure.cells import FOLDER, Cells
+from accel_tools.measure.realistic import CASES, SWITCHES, Case, Realistic
+from accel_tools.measure.sweep import PAPER, QUICK, Bench, Work, work
+from accel_tools.measure.tasks import TASKS, bundled
 
 
 def suite(args: argparse.Namespace, cells: Cells) -> list[str]:
@@ -43,17 +41,17 @@ def suite(args: argparse.Namespace, cells: Cells) -> list[str]:
     chosen = PAPER if args.suite == "paper" else QUICK
     chosen = dataclasses.replace(chosen, images=args.images or chosen.images, rounds=args.rounds or chosen.rounds)
     catalog, timed = load(), not args.untimed
-    plans = [Plan(Bench(TASKS[model], chosen, cells), work(catalog, model, args.method), around=not args.method)
+    planned = [Plan(Bench(TASKS[model], chosen, cells), work(catalog, model, args.method), around=not args.method)
              for model in args.model or bundled()]
-    minutes = [plan.bench.estimate(plan.work, timed, plan.around) / 60 for plan in plans]
-    for plan, each in zip(plans, minutes, strict=True):
+    minutes = [plan.bench.estimate(plan.work, timed, plan.around) / 60 for plan in planned]
+    for plan, each in zip(planned, minutes, strict=True):
         print(f"{plan.bench.task.model}: {len(plan.work)} configs, about {each:.0f} minutes of sampling")
         for slug, reason in plan.refused.items():
             print(f"  not {slug}: {reason}")
     print(f"{chosen.images} images an arm, {sum(minutes):.0f} minutes in all", flush=True)
     if args.ray is not None:                                       # what fails there is met again, and told, by the sweep
-        cluster.fill([(plan.bench, plan.work, plan.around) for plan in plans], args.ray or None, timed)
-    return [line for plan in plans for line in sweep(plan, timed)]
+        cluster.fill([(plan.bench, plan.work, plan.around) for plan in planned], args.ray or None, timed)
+    return [line for plan in planned for line in sweep(plan, timed)]
 
 
 class Plan:
@@ -113,10 +111,10 @@ def each_case(cases: list[Case], measure: Callable[[Case], dict], args: argparse
     return failed
 
 
-def kernels() -> list[str]:
+def all_kernels() -> list[str]:
     """Each Triton kernel against its reference, or without a CUDA device what the compiler says of it."""
     if torch.cuda.is_available():
-        for row in kernel_bench.measure():
+        for row in kernels.measure():
             print(json.dumps(records.rounded(row)), flush=True)
         return []
     print("no CUDA device: kernels cannot be timed here; what they compile to ahead of time:", flush=True)
@@ -153,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.overhead:
         failed += each_case(SWITCHES, Realistic(cells, args.rounds or 31).overhead, args)
     if args.plans:
-        print(json.dumps(records.write_plans(plan_bench.measure(args.rounds or 9)), indent=1), flush=True)
+        print(json.dumps(records.write_plans(plans.measure(args.rounds or 9)), indent=1), flush=True)
     if args.studies:
         for slug in (slug for slug in studies.STUDIES if slug in (args.method or [slug])):
             found = studies.study(slug, FOLDER.parent)
@@ -161,9 +159,9 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(records.rounded(found), indent=1), flush=True)
     if args.catalog:
         for n in (52, 500, 5000):
-            print(json.dumps(catalog_bench.measure(n)), flush=True)
+            print(json.dumps(growth.measure(n)), flush=True)
     if args.kernels:
-        failed += kernels()
+        failed += all_kernels()
     for line in failed:
         print(f"FAILED {line}", file=sys.stderr)
     return 1 if failed else 0

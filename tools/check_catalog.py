@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 
 from accel_tools.catalog import ROOT, CatalogError, load
-from accel_tools.check_code import code_problems
-from accel_tools.render_readme import MarkerError, generated, stale, write
-from accel_tools.rows import erratum_problems
-from accel_tools.yaml_lines import Problem
+from accel_tools.catalog.code_rules import code_problems
+from accel_tools.catalog.rows import erratum_problems
+from accel_tools.catalog.yaml_lines import Problem
+from accel_tools.pages.lists import MarkerError, generated, stale
+from accel_tools.pages.text import write
 
 
 def check(root: Path = ROOT, fix: bool = False) -> tuple[list[Problem], list[str]]:

@@ -8,7 +8,8 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 from accel_tools.catalog import CatalogError
-from accel_tools.render_site import nav, pages, read
+from accel_tools.pages.site import read
+from accel_tools.render_site import nav, pages
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

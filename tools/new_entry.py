@@ -19,10 +19,10 @@ import bibtexparser
 from bibtexparser.middlewares import LatexDecodingMiddleware, SeparateCoAuthors, SplitNameParts
 from pydantic import ValidationError
 
-from accel_tools.catalog import ROOT, SLUG
-from accel_tools.check_code import docstring_parts
-from accel_tools.render_readme import environment, write
-from accel_tools.schema import Kind, Paper
+from accel_tools.catalog import ROOT
+from accel_tools.catalog.code_rules import docstring_parts
+from accel_tools.catalog.schema import SLUG, Kind, Paper
+from accel_tools.pages.text import environment, write
 
 SIGNATURES = {
     "patch": "def apply(pipe_or_model, config: Config = Config()) -> Patch:",

@@ -14,22 +14,20 @@ import json
 import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 
-from accel_tools.arms import Arm
 from accel_tools.catalog import ROOT, Catalog, load
-from accel_tools.cells import Cells
-from accel_tools.measured import SCORES, Measured, Run, allowed
-from accel_tools.pictures import address, frames, named, row, strip
-from accel_tools.plots import figures
-from accel_tools.render_readme import write
-from accel_tools.render_site import with_parents
-from accel_tools.sweep import Bench, Suite, Work, work
-from accel_tools.tasks import TASKS, bundled
+from accel_tools.measure.arms import Arm
+from accel_tools.measure.cells import Cells
+from accel_tools.measure.sweep import Bench, Suite, Work, work
+from accel_tools.measure.tasks import TASKS, bundled
+from accel_tools.pages.measured import SCORES, Measured, Run, allowed
+from accel_tools.pages.plots import figures
+from accel_tools.pages.text import environment, write
+from accel_tools.pages.views import with_parents
+from accel_tools.zoo.pictures import address, frames, named, row, strip
 
 OUT = ROOT / "build/report"
 SUITE = Suite("report", images=8, rounds=2, seeds=(0,))
@@ -122,9 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{model}: {len(methods)} methods", flush=True)
         if methods or benches[model].task.curve:
             sections.append(measure(benches[model], methods, names))
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
-                                     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.get_template("report.html.j2").render(
+    page = environment(autoescape=True).get_template("report.html.j2").render(
         sections=sections, threads=torch.get_num_threads(), torch=torch.__version__, suite=SUITE, infinity=math.inf)
     write(OUT / "index.html", page)
     if sections:

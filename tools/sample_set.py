@@ -17,12 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from accel_tools.arms import Arm, batches
-from accel_tools.bench import FOLDER
 from accel_tools.catalog import load
-from accel_tools.cells import Cells
-from accel_tools.sweep import PAPER, QUICK, Bench, work
-from accel_tools.tasks import TASKS, bundled
+from accel_tools.measure.arms import Arm, batches
+from accel_tools.measure.cells import FOLDER, Cells
+from accel_tools.measure.sweep import PAPER, QUICK, Bench, work
+from accel_tools.measure.tasks import TASKS, bundled
 
 
 def share(bench: Bench, arm: Arm, seed: int, rank: int, world: int) -> dict[int, Tensor]:

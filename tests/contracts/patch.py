@@ -33,7 +33,7 @@ import torch
 import yaml
 from families import FAMILIES, Family
 
-from accel_tools.macs import count_macs
+from accel_tools.measure.macs import count_macs
 from methods._core import patch as patch_module
 from methods._core.context import Run
 from methods._core.patch import Patch

@@ -24,7 +24,7 @@ import torch
 from families import FAMILIES, Family
 from torch import Tensor, nn
 
-from accel_tools.macs import count_macs
+from accel_tools.measure.macs import count_macs
 from methods._core.noise import Noising
 
 LATE = 10**6                       # a step of training behind every warm-up

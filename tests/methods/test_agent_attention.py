@@ -4,7 +4,7 @@ from contracts import patch as contract
 from families import FAMILIES
 
 from accel_kernels.agent_attention import agent_attention as kernel
-from accel_tools.macs import count_macs
+from accel_tools.measure.macs import count_macs
 from methods import agent_attention, tome
 from methods._core.tokens import destinations, reduction
 from methods.agent_attention import AgentAttention

@@ -4,7 +4,7 @@ from contracts import patch as contract
 from diffusers import UNet2DConditionModel
 from families import FAMILIES, Family
 
-from accel_tools.macs import count_macs
+from accel_tools.measure.macs import count_macs
 from methods import at_edm
 from methods._core.denoiser import describe
 

@@ -3,7 +3,7 @@ import torch
 from contracts import patch as contract
 from families import FAMILIES
 
-from accel_tools.macs import count_macs
+from accel_tools.measure.macs import count_macs
 from methods import cat_pruning
 
 

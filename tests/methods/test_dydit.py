@@ -5,7 +5,7 @@ from contracts import training
 from torch import nn
 
 import methods
-from accel_tools.macs import count_macs
+from accel_tools.measure.macs import count_macs
 from methods import dydit
 from methods._core.denoiser import describe
 from methods._core.noise import Noising

@@ -4,7 +4,7 @@ from contracts import patch as contract
 from families import FAMILIES
 
 import methods
-from accel_tools.macs import count_macs
+from accel_tools.measure.macs import count_macs
 from methods import highlight_diffusion as hd
 from methods import ocd
 from methods._core.denoiser import describe

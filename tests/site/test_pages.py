@@ -15,9 +15,10 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 
 from accel_tools import mkdocs_hook, render_site
-from accel_tools.markdown_text import code, fence, md, number, prose
-from accel_tools.method_source import parse
-from accel_tools.render_site import nav, pages, read
+from accel_tools.pages.markdown_text import code, fence, md, number, prose
+from accel_tools.pages.method_source import parse
+from accel_tools.pages.site import read
+from accel_tools.render_site import nav, pages
 
 HERE = Path(__file__).parent
 TOY, GOLDEN = HERE / "toy", HERE / "golden"

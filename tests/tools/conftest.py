@@ -1,6 +1,6 @@
 import pytest
 
-from accel_tools.catalog_bench import synthetic
+from accel_tools.measure.growth import synthetic
 
 
 @pytest.fixture

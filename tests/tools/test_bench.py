@@ -8,18 +8,19 @@ import pytest
 import torch
 from untrained import UNTRAINED, JointEmoji
 
-from accel_tools import bench, catalog_bench, peers, realistic, records, sweep
-from accel_tools.arms import Arm, sample_batch
+from accel_tools import bench
 from accel_tools.catalog import ROOT, load
-from accel_tools.cells import Cells
-from accel_tools.kernel_bench import Roofline, measure, problems
-from accel_tools.kernel_bench import work as work_of
-from accel_tools.memory import in_fresh_process, peak_allocated, peak_resident
-from accel_tools.peers import Peer
-from accel_tools.quality import psnr, quality, ssim
-from accel_tools.sweep import Bench, Suite, work
-from accel_tools.tasks import Task
-from accel_tools.timing import breakdown, compare, interleave
+from accel_tools.measure import growth, peers, realistic, records, sweep
+from accel_tools.measure.arms import Arm, sample_batch
+from accel_tools.measure.cells import Cells
+from accel_tools.measure.kernels import Roofline, measure, problems
+from accel_tools.measure.kernels import work as work_of
+from accel_tools.measure.memory import in_fresh_process, peak_allocated, peak_resident
+from accel_tools.measure.peers import Peer
+from accel_tools.measure.quality import psnr, quality, ssim
+from accel_tools.measure.sweep import Bench, Suite, work
+from accel_tools.measure.tasks import Task
+from accel_tools.measure.timing import breakdown, compare, interleave
 from methods import fora
 
 SMALL = Suite("small", images=6, rounds=2)
@@ -272,7 +273,7 @@ def test_a_failed_case_fails_the_command(monkeypatch, tmp_path, capsys):
 
 
 def test_the_catalogue_tools_are_timed(monkeypatch, capsys):
-    monkeypatch.setattr(catalog_bench, "measure", lambda n: {"entries": n})
+    monkeypatch.setattr(growth, "measure", lambda n: {"entries": n})
     assert bench.main(["--catalog"]) == 0
     assert [json.loads(line)["entries"] for line in capsys.readouterr().out.splitlines()] == [52, 500, 5000]
 

@@ -7,9 +7,9 @@ import pytest
 
 from accel_tools import check_catalog
 from accel_tools.catalog import ROOT
-from accel_tools.catalog_bench import measure
+from accel_tools.catalog.code_hash import code_hash
 from accel_tools.check_catalog import check
-from accel_tools.code_hash import code_hash
+from accel_tools.measure.growth import measure
 
 MODULE = "methods/method_2.py"
 ENTRY = "catalog/entries/method_2.yaml"
@@ -163,8 +163,8 @@ def test_stale_results_warn_and_do_not_fail(toy, edit, capsys):
 
 def test_what_is_to_be_measured_names_models_and_config_fields(toy, edit):
     line = edit("catalog/entries/method_1.yaml", "models:", "bench:\n  dit: [{sharpness: 2}]\n  lit: [{}]\nmodels:")
-    (toy / "tools").mkdir()
-    (toy / "tools/tasks.py").write_text('TASKS: dict = {"dit": 1, "unet": 2}\n')
+    (toy / "tools/measure").mkdir(parents=True)
+    (toy / "tools/measure/tasks.py").write_text('TASKS: dict = {"dit": 1, "unet": 2}\n')
     out = found(toy)
     assert out == [f"catalog/entries/method_1.yaml:{line + 1}: bench.dit.0: Config has no field 'sharpness'; "
                    "allowed: ratio, seed",
@@ -188,7 +188,7 @@ def test_bench_measures_a_sound_catalogue():
     assert measure(5)["problems"] == 0
 
 
-@pytest.mark.parametrize("tool", ["check_catalog", "render_readme", "new_entry", "export", "catalog_bench"])
+@pytest.mark.parametrize("tool", ["check_catalog", "render_readme", "new_entry", "export", "render_site"])
 def test_tools_run_as_scripts_and_as_modules(tool):
     for command in ([f"tools/{tool}.py"], ["-m", f"accel_tools.{tool}"]):
         done = subprocess.run([sys.executable, *command, "--help"], capture_output=True, text=True, cwd=ROOT)

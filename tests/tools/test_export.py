@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from accel_tools import export
 from accel_tools.catalog import load
-from accel_tools.schema import Author, Paper
+from accel_tools.catalog.schema import Author, Paper
+from accel_tools.pages.data import bib_entry
 
 DECODE = [LatexDecodingMiddleware(), SeparateCoAuthors(), SplitNameParts()]
 
@@ -62,7 +63,7 @@ def test_bibtex_is_ascii_but_for_symbols_latex_lacks(folder):
 def test_any_title_gives_a_readable_entry(title):
     paper = Paper(key="k", title=title, authors=[Author(family="Meta AI and Friends")], venue="A & B", year=2024,
                   arxiv="2401.00010")
-    library = bibtexparser.parse_string(bibtexparser.write_string(bibtexparser.Library([export.bib_entry(paper)])))
+    library = bibtexparser.parse_string(bibtexparser.write_string(bibtexparser.Library([bib_entry(paper)])))
     assert library.failed_blocks == [] and list(library.entries_dict) == ["k"]
     value = library.entries[0]["title"]
     assert value.count("{") - value.count(r"\{") == value.count("}") - value.count(r"\}")

@@ -2,8 +2,8 @@
 import pytest
 
 from accel_tools import new_entry
+from accel_tools.catalog.schema import Kind
 from accel_tools.check_catalog import check
-from accel_tools.schema import Kind
 
 BIB = r"""@inproceedings{Weijer2025Fast,
   title = {Fast {T}oken Moving},

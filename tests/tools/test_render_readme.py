@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from accel_tools import render_readme
 from accel_tools.catalog import load
-from accel_tools.render_readme import BEGIN, END, MarkerError, render_list, write
-from accel_tools.render_readme import render_readme as render_part
-from accel_tools.rows import badge_of, link, markdown, shield
+from accel_tools.catalog.rows import badge_of, link, markdown, shield
+from accel_tools.pages.lists import BEGIN, END, MarkerError, render_list
+from accel_tools.pages.lists import render_readme as render_part
+from accel_tools.pages.text import write
 
 GENERATED = ["README.md", "TOKEN-WISE.md", "TRAINING-FREE.md", "catalog/schema.json"]
 

@@ -5,10 +5,11 @@ import re
 import pytest
 from untrained import UNTRAINED
 
-from accel_tools import report, sweep
+from accel_tools import report
 from accel_tools.catalog import load
-from accel_tools.cells import Cells
-from accel_tools.sweep import Bench, Suite
+from accel_tools.measure import sweep
+from accel_tools.measure.cells import Cells
+from accel_tools.measure.sweep import Bench, Suite
 
 CARD = {"sha256": "0", "config": {}}
 

@@ -8,6 +8,7 @@ import pytest
 
 from accel_tools import render_readme
 from accel_tools.catalog import load
+from accel_tools.pages.lists import render_list
 
 HASHES = json.loads(Path(__file__).with_name("seed_hashes.json").read_text())
 CATALOG = load()
@@ -31,7 +32,7 @@ def pieces(text: str, name: str, sections: list[str]) -> dict[str, str]:
 def printed() -> dict[str, str]:
     found = {}
     for name, spec in CATALOG.lists.items():
-        text = render_readme.render_list(CATALOG, name, as_seed=True)
+        text = render_list(CATALOG, name, as_seed=True)
         found |= pieces(text, name, [section.id for section in spec.sections])
     return found
 
@@ -49,12 +50,12 @@ def test_nothing_added(printed):
 def test_corrected_rows_keep_their_places():
     for name, spec in CATALOG.lists.items():
         ids = [section.id for section in spec.sections]
-        corrected = pieces(render_readme.render_list(CATALOG, name), name, ids)
+        corrected = pieces(render_list(CATALOG, name), name, ids)
         assert list(corrected) == [place for place in HASHES if place.startswith(f"{name}/")]
 
 
 def test_known_errors_of_the_sources_are_gone():
-    text = "".join(render_readme.render_list(CATALOG, name) for name in CATALOG.lists)
+    text = "".join(render_list(CATALOG, name) for name in CATALOG.lists)
     for wrong in ("brownuction", "Prunning", "modals", '{\\"u}', "others.*", "researchgate", "<sup>"):
         assert wrong not in text
     agent = CATALOG.entries["agent_attention"].papers[0]

@@ -1,0 +1,40 @@
+"""The catalogue as data: entries, lists and vocabulary, and the line on which each of their keys stands."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accel_tools.catalog.schema import Entry, ListSpec, Row, Vocab
+from accel_tools.catalog.yaml_lines import Problem, line_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def entry_file(slug: str) -> str:
+    return f"catalog/entries/{slug}.yaml"
+
+
+class CatalogError(Exception):
+    """All problems of a catalogue, in the order of files and lines."""
+
+    def __init__(self, problems: list[Problem]):
+        self.problems = sorted(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+@dataclass(frozen=True)
+class Catalog:
+    root: Path
+    vocab: Vocab
+    lists: dict[str, ListSpec]
+    entries: dict[str, Entry]                                     # by slug, sorted
+    lines: dict[str, dict] = field(default_factory=dict)          # file -> key path -> line
+
+    def line(self, slug: str, *path: str | int) -> int:
+        return line_of(self.lines.get(entry_file(slug), {}), path)
+
+    def rows(self, list_name: str, section: str) -> list[tuple[Entry, Row]]:
+        """Rows of one section by rank."""
+        place = f"{list_name}/{section}"
+        found = [(entry, row) for entry in self.entries.values() for row in entry.rows if row.place == place]
+        return sorted(found, key=lambda pair: pair[1].rank)

@@ -1,0 +1,114 @@
+"""Rules of the catalogue that span fields or files."""
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import get_args
+
+from accel_tools.catalog.entries import Catalog, entry_file
+from accel_tools.catalog.schema import TAG_AXES, Kind
+from accel_tools.catalog.yaml_lines import Problem, line_of
+
+
+def allowed(word: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(word, allowed, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(sorted(allowed)) or 'none'}"
+
+
+def problems_of(catalog: Catalog, slugs: set[str], complete: bool) -> Iterator[Problem]:
+    """Everything wrong with readable files. `complete`: every file was readable, so gaps can be told."""
+    yield from _vocabulary_rules(catalog)
+    first: dict[tuple[str, str], tuple[str, str, int]] = {}       # (kind of id, value) -> (slug, file, line)
+    places: dict[tuple[str, int], tuple[str, int]] = {}
+    sections = {f"{name}/{s.id}" for name, spec in catalog.lists.items() for s in spec.sections}
+    for slug, entry in catalog.entries.items():
+        file = entry_file(slug)
+
+        def at(*path, _slug=slug):
+            return catalog.line(_slug, *path)
+
+        for i, paper in enumerate(entry.papers):
+            for kind in ("key", "openreview", "doi", "arxiv"):
+                if (value := getattr(paper, kind)) is None:
+                    continue
+                line = at("papers", i, kind)
+                if clash := first.setdefault((kind, value), (slug, file, line)) != (slug, file, line):
+                    _, other, row = first[kind, value]
+                    yield Problem(file, line, f"papers.{i}.{kind}: {value!r} is already used at {other}:{row}")
+                if kind == "arxiv" and not clash:
+                    base = value.split("v")[0]
+                    if base in first and ("v" not in value or "v" not in first[base][0]):
+                        yield Problem(file, line, f"papers.{i}.arxiv: {base} is already used at {first[base][1]}; "
+                                                  "two entries may share an id only with different versions (v1, v2)")
+                    first.setdefault(base, (value, f"{file}:{line}", line))
+            for j, author in enumerate(paper.authors):
+                if author.family.lower() in ("others", "et al.", "et al"):
+                    message = f"papers.{i}.authors.{j}: name all authors, not {author.family!r}"
+                    yield Problem(file, at("papers", i, "authors", j), message)
+            if not paper.link:
+                yield Problem(file, at("papers", i), f"papers.{i}: needs one of arxiv, openreview, doi, url")
+        for i, other in enumerate(entry.builds_on):
+            if other not in slugs or other == slug:
+                yield Problem(file, at("builds_on", i), f"builds_on.{i}: {other!r} is no other entry; "
+                                                        + allowed(other, sorted(slugs - {slug})))
+        for i, row in enumerate(entry.rows):
+            line, spot = at("rows", i), (row.place, row.rank)
+            if row.place not in sections:
+                yield Problem(file, line, f"rows.{i}.in: no such section; {allowed(row.place, sorted(sections))}")
+            elif spot in places:
+                other, row_line = places[spot]
+                yield Problem(file, line, f"rows.{i}: {row.place} already has number {row.rank} at {other}:{row_line}")
+            else:
+                places[spot] = (file, line)
+        spots = {(row.place, row.rank) for row in entry.rows}
+        told = set()
+        for i, erratum in enumerate(entry.errata):
+            if (erratum.place, erratum.row) not in spots:
+                message = f"errata.{i}: this entry has no row {erratum.row} in {erratum.place}"
+                yield Problem(file, at("errata", i), message)
+            if (mark := (erratum.place, erratum.row, erratum.field)) in told:
+                yield Problem(file, at("errata", i), f"errata.{i}: {erratum.field} of this row is corrected twice")
+            told.add(mark)
+    if complete:
+        yield from _gaps(catalog, places)
+
+
+def _gaps(catalog: Catalog, places: dict[tuple[str, int], tuple[str, int]]) -> Iterator[Problem]:
+    """Numbers of a section run from 1 without a gap."""
+    for name, spec in catalog.lists.items():
+        for i, section in enumerate(spec.sections):
+            ranks = {rank for place, rank in places if place == f"{name}/{section.id}"}
+            file = f"catalog/lists/{name}.yaml"
+            if missing := sorted(set(range(1, max(ranks, default=0) + 1)) - ranks):
+                yield Problem(file, line_of(catalog.lines[file], ("sections", i)),
+                              f"sections.{i}: no entry stands at {', '.join(map(str, missing))} of {name}/{section.id}")
+
+
+def _vocabulary_rules(catalog: Catalog) -> Iterator[Problem]:
+    vocab, file = catalog.vocab, "catalog/vocab.yaml"
+    for name in type(vocab).model_fields:
+        axis = getattr(vocab, name)
+        for term, facts in axis.terms.items():
+            line = line_of(catalog.lines[file], (name, "terms", term))
+            if facts.parent and facts.parent not in axis.terms:
+                yield Problem(file, line, f"{name}.{term}.parent: {allowed(facts.parent, list(axis.terms))}")
+            if axis.colour and not facts.badge:
+                yield Problem(file, line, f"{name}.{term}: needs a badge text")
+            if name == "kind" and not facts.verb:
+                yield Problem(file, line, f"{name}.{term}: needs a verb")
+    if set(vocab.kind.terms) != set(get_args(Kind)):
+        yield Problem(file, 1, f"kind: terms must be {', '.join(get_args(Kind))}")
+    for slug, entry in catalog.entries.items():
+        used = [("model", ("models",), entry.models)]
+        used += [(axis, ("tags", axis), getattr(entry.tags, axis)) for axis in TAG_AXES]
+        used += [(axis, ("rows", i, axis), getattr(row, axis) or [])
+                 for i, row in enumerate(entry.rows) for axis in TAG_AXES]
+        for axis, path, terms in used:
+            known = getattr(vocab, axis).terms
+            for j, term in enumerate(terms):
+                where = ".".join(map(str, path))
+                if term not in known:
+                    yield Problem(entry_file(slug), catalog.line(slug, *path, j),
+                                  f"{where}: {term!r} is no term of {axis}; {allowed(term, list(known))}")
+                elif term in terms[:j]:
+                    yield Problem(entry_file(slug), catalog.line(slug, *path, j), f"{where}: {term!r} stands twice")

@@ -1,0 +1,1 @@
+"""What is made from the catalogue to be read: lists, pages of the site, plots, data for others."""

@@ -1,0 +1,81 @@
+"""The catalogue as data for others: JSON, CSV with one line per method, BibTeX."""
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import bibtexparser
+from bibtexparser.model import Entry as BibEntry
+from bibtexparser.model import Field
+from pylatexenc.latexencode import UnicodeToLatexEncoder
+
+from accel_tools.catalog import Catalog
+from accel_tools.catalog.schema import TAG_AXES, Paper
+
+JOURNALS = {"TMLR", "ACM TOG", "IEEE JSTSP"}
+_latex = UnicodeToLatexEncoder(unknown_char_policy="keep", replacement_latex_protection="braces-all")
+
+
+def as_json(catalog: Catalog) -> str:
+    entries = [
+        {"slug": slug, **entry.model_dump(mode="json", by_alias=True, exclude_none=True)}
+        for slug, entry in catalog.entries.items()
+    ]
+    data = {"licence": "CC-BY-4.0", "vocab": catalog.vocab.model_dump(mode="json", exclude_none=True),
+            "entries": entries}
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+
+def as_csv(catalog: Catalog) -> str:
+    out = io.StringIO()
+    columns = ["slug", "name", "kind", "since", "summary", "title", "authors", "venue", "year", "arxiv", "doi", "link",
+               "code", "licence", "models", *TAG_AXES, "implemented"]
+    table = csv.DictWriter(out, columns, lineterminator="\n")
+    table.writeheader()
+    for slug, entry in catalog.entries.items():
+        paper = entry.papers[0]
+        table.writerow({
+            "slug": slug, "name": entry.name, "kind": entry.kind, "since": entry.since, "summary": entry.summary,
+            "title": paper.title, "authors": "; ".join(author.name for author in paper.authors),
+            "venue": paper.venue, "year": paper.year, "arxiv": paper.arxiv, "doi": paper.doi, "link": paper.link,
+            "code": paper.code_link, "licence": paper.licence, "models": " ".join(entry.models),
+            **{axis: " ".join(getattr(entry.tags, axis)) for axis in TAG_AXES},
+            "implemented": "no" if entry.pending else "yes",
+        })
+    return out.getvalue()
+
+
+def bib_entry(paper: Paper) -> BibEntry:
+    """One BibTeX entry in ASCII where LaTeX has a name for the character; titles keep their case."""
+    text = {"title": f"{{{_latex.unicode_to_latex(paper.title)}}}", "author": _bib_authors(paper),
+            "year": str(paper.year)}
+    venue = _latex.unicode_to_latex(paper.venue)
+    if paper.venue in ("arXiv", "OpenReview"):
+        kind, text["howpublished"] = "misc", venue
+    elif paper.venue in JOURNALS:
+        kind, text["journal"] = "article", venue
+    else:
+        kind, text["booktitle"] = "inproceedings", venue
+    if paper.arxiv:
+        text |= {"eprint": paper.arxiv, "archiveprefix": "arXiv"}
+    if paper.doi:
+        text["doi"] = paper.doi
+    text["url"] = paper.link
+    return BibEntry(kind, paper.key, [Field(key, value) for key, value in text.items()])
+
+
+def _bib_authors(paper: Paper) -> str:
+    names = []
+    for author in paper.authors:
+        family = _latex.unicode_to_latex(author.family)
+        if not author.given:
+            names.append(f"{{{family}}}")                         # one name: keep BibTeX from splitting it
+        else:
+            names.append(f"{family}, {_latex.unicode_to_latex(author.given)}")
+    return " and ".join(names)
+
+
+def as_bib(catalog: Catalog) -> str:
+    library = bibtexparser.Library([bib_entry(p) for entry in catalog.entries.values() for p in entry.papers])
+    return bibtexparser.write_string(library)

@@ -1,0 +1,227 @@
+"""What the pages of the site say: each part of a page as plain data, from the catalogue and what stands beside it."""
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from accel_tools.catalog import Catalog
+from accel_tools.catalog.schema import TAG_AXES, Entry
+from accel_tools.pages.markdown_text import number
+from accel_tools.pages.measured import Run, measured
+from accel_tools.pages.plots import figures, highlighted
+from accel_tools.pages.site import Site
+
+AXES = (*TAG_AXES, "model", "kind")                       # axes that have a page for each term
+FAMILIES = ("unet", "sdxl", "dit", "pixart", "sd3", "flux", "latte", "cogvideox")     # models of this repository
+ARMS = {"plain": "Unaccelerated", "fewer_steps": "Fewer steps, equal cost"}
+METRICS = {                                               # key in an arm of a result -> column, how to print it
+    "steps": ("Steps", "plain"), "passes": ("Passes", "plain"),
+    "latency_s": ("Latency", "seconds"), "latency_spread": ("Spread", "plain"),
+    "speedup": ("Speed-up", "times"), "speedup_spread": ("Spread of the ratio", "times"), "mac_bound": ("MAC bound", "times"),
+    "overhead": ("Overhead", "percent"), "overhead_spread": ("Spread of the overhead", "percent"),
+    "macs": ("MACs", "count"), "peak_bytes": ("Peak memory", "bytes"), "cached_bytes": ("Cached", "bytes"),
+    "psnr": ("PSNR (dB)", "plain"), "ssim": ("SSIM", "plain"), "label_accuracy": ("Label accuracy", "plain"),
+    "retrieval": ("Retrieval", "plain"), "retrieval_top1": ("Retrieval, first", "plain"),
+    "frame_agreement": ("Frame agreement", "plain"), "travel": ("Travel (pixels)", "plain"),
+    "lowest_recall": ("Lowest recall", "plain"), "frechet": ("Fréchet distance", "plain"), "n": ("Images", "plain"),
+}
+
+
+def curve(losses: list[list[float]]) -> str:
+    """Training loss over steps as inline SVG; the loss axis begins at zero."""
+    first, length, top = losses[0][0], max(1, losses[-1][0] - losses[0][0]), max(loss for _, loss in losses)
+    points = " ".join(f"{560 * (step - first) / length:.1f},{120 - 115 * loss / top:.1f}" for step, loss in losses)
+    return (f'<svg class="curve" viewBox="0 0 560 122" role="img" aria-label="Training loss, from {losses[0][1]:.2f} to '
+            f'{losses[-1][1]:.3f}"><polyline points="{points}" fill="none" stroke="currentColor" stroke-width="1.5"/></svg>')
+
+
+def terms(entry: Entry, axis: str) -> list[str]:
+    if axis == "model":
+        return entry.models
+    return [entry.kind] if axis == "kind" else getattr(entry.tags, axis)
+
+
+def with_parents(catalog: Catalog, axis: str, names: Iterable[str]) -> list[str]:
+    """The terms and every broader term above them, in order, once each."""
+    found: dict[str, None] = {}
+    for name in names:
+        current: str | None = name
+        while current and current not in found:
+            found[current] = None
+            current = catalog.vocab.term(axis, current).parent
+    return list(found)
+
+
+def tagged(catalog: Catalog, axis: str, term: str) -> dict[str, list[Entry]]:
+    """Methods of a term, and under each narrower term those that carry it: term -> methods by date."""
+    groups = {}
+    for name in (term, *(name for name in getattr(catalog.vocab, axis).terms
+                         if name != term and term in with_parents(catalog, axis, [name]))):
+        groups[name] = sorted((entry for entry in catalog.entries.values() if name in terms(entry, axis)),
+                              key=lambda entry: (entry.since, entry.slug))
+    return groups
+
+
+def distinct(groups: dict[str, list[Entry]]) -> int:
+    return len({entry.slug for group in groups.values() for entry in group})
+
+
+def quarters(entries: list[Entry]) -> dict[str, list[Entry]]:
+    """Entries by the quarter of their first publication, empty quarters between them included."""
+    numbers = {entry.slug: int(entry.since[:4]) * 4 + (int(entry.since[5:7]) - 1) // 3 for entry in entries}
+    return {f"{n // 4} Q{n % 4 + 1}": [entry for entry in entries if numbers[entry.slug] == n]
+            for n in range(min(numbers.values()), max(numbers.values()) + 1)}
+
+
+def facets(catalog: Catalog) -> dict[str, list[tuple[str, str, int]]]:
+    """Filters of the table: axis -> (value, label, number of methods)."""
+    entries = catalog.entries.values()
+    found = {}
+    for axis in TAG_AXES:
+        count = Counter(name for entry in entries for name in with_parents(catalog, axis, terms(entry, axis)))
+        found[axis] = [(name, term.label, count[name]) for name, term in getattr(catalog.vocab, axis).terms.items()
+                       if count[name]]
+    venues = Counter(entry.papers[0].venue for entry in entries)
+    years = Counter(str(entry.papers[0].year) for entry in entries)
+    states = Counter("no" if entry.pending else "yes" for entry in entries)
+    found["venue"] = [(name, name, venues[name]) for name in sorted(venues, key=str.casefold)]
+    found["year"] = [(name, name, years[name]) for name in sorted(years, reverse=True)]
+    found["implemented"] = [(name, name, states[name]) for name in ("yes", "no") if states[name]]
+    return found
+
+
+def related(catalog: Catalog, entry: Entry, most: int = 5) -> list[Entry]:
+    """Methods that share most tags; mechanisms weigh most."""
+    weight = {"mechanism": 3, "criterion": 2, "application": 1}
+    score: Counter[str] = Counter()
+    for other in catalog.entries.values():
+        if other.slug not in (entry.slug, *entry.builds_on):
+            for axis, points in weight.items():
+                score[other.slug] += points * len(set(terms(entry, axis)) & set(terms(other, axis)))
+    best = sorted((slug for slug in score if score[slug] > 2), key=lambda slug: (-score[slug], slug))
+    return [catalog.entries[slug] for slug in best[:most]]
+
+
+def errata(catalog: Catalog) -> list[dict]:
+    """All corrections of the source lists: list -> its rows in order, then those of its other text."""
+    found = []
+    for name, spec in catalog.lists.items():
+        order = {f"{name}/{section.id}": i for i, section in enumerate(spec.sections)}
+        rows = [(entry, erratum) for entry in catalog.entries.values() for erratum in entry.errata
+                if erratum.place in order]
+        rows.sort(key=lambda pair: (order[pair[1].place], pair[1].row, pair[0].slug))
+        found.append({"name": name, "spec": spec, "rows": rows, "texts": spec.errata,
+                      "count": len(rows) + len(spec.errata)})
+    return found
+
+
+def heading(text: str, otherwise: str) -> str:
+    """The words of the last Markdown heading in `text`."""
+    words = [re.sub(r"<[^>]*>|[^\w\s/-]", "", line.lstrip("# ")).strip() for line in text.splitlines()
+             if line.startswith("#")]
+    return words[-1] if words and words[-1] else otherwise.replace("-", " ").capitalize()
+
+
+def family(site: Site, name: str) -> dict:
+    """What is known about the methods on one model family: tested here, refused here, or named in the paper only."""
+    broader = with_parents(site.catalog, "model", [name])
+    runs, refuses, paper = [], [], []
+    for entry in site.catalog.entries.values():
+        result = tested(site, entry.slug).get(name)
+        if result and result["works"]:
+            runs.append((entry, _best(site, entry.slug, name)))
+        elif result:
+            refuses.append((entry, result.get("reason", "")))
+        elif set(broader) & set(entry.models):
+            paper.append(entry)
+    runs.sort(key=lambda pair: (-pair[1].get("speedup", 0), pair[0].name.casefold()))
+    term = site.catalog.vocab.term("model", name)
+    return {"name": name, "term": term, "runs": runs, "refuses": refuses, "paper": paper}
+
+
+def tested(site: Site, slug: str) -> dict[str, dict]:
+    """What the contract run found for a method: family -> {works, reason}."""
+    return {family: result for family, result in (site.compatibility or {}).get(slug, {}).items() if family in FAMILIES}
+
+
+def stacking(site: Site) -> dict:
+    """The table of pairs: names of the columns, a row for each method with a cell for each column, and reasons with pairs."""
+    verdicts = {pair: found for a, row in site.pairs.items() for b, found in row.items() for pair in ((a, b), (b, a))}
+    slugs = sorted({slug for pair in verdicts for slug in pair})
+    names = {slug: site.catalog.entries[slug].name for slug in slugs}
+    reasons: dict[str, list[str]] = {}
+    for (a, b), found in verdicts.items():
+        if a < b and (refused := [reason for reason in found.values() if reason is not True]):
+            reason = re.sub(r" of the same \w+", " of the same module", refused[0].partition("cannot stack: ")[2] or refused[0])
+            reasons.setdefault(reason, []).append(f"{names[a]} and {names[b]}")
+
+    def cell(a: str, b: str) -> dict[str, int] | None:
+        found = verdicts.get((a, b))
+        return found and {"works": sum(each is True for each in found.values()), "tried": len(found)}
+    return {"names": list(names.values()), "reasons": reasons,
+            "rows": [{"slug": a, "name": names[a], "cells": [cell(a, b) for b in slugs]} for a in slugs]}
+
+
+def _best(site: Site, slug: str, model: str) -> dict:
+    """The fastest measured run of a method on a model: the numbers of its arm, or nothing."""
+    arms = [record["arms"].get("method", {}) for record in site.results.get(slug, {}).get("records", [])
+            if record.get("model") == model]
+    return max(arms, key=lambda arm: arm.get("speedup", 0), default={})
+
+
+def table(site: Site, model: str) -> dict:
+    """All measurements of one model: its plots by name, and the columns and rows of its table."""
+    names = {slug: entry.name for slug, entry in site.catalog.entries.items()}
+    found = measured(model, site.results, site.baselines.get(model), names, site.hashes)
+    keys = [key for key in METRICS if key != "latency_s" and not key.endswith("_spread")
+            and any(_cell(run, key) is not None for run in found.runs)]
+    return {"model": model, "found": found, "plots": figures(found), "runs": [
+        (run, [number(_cell(run, key), METRICS[key][1]) for key in keys]) for run in found.runs],
+        "columns": [METRICS[key][0] for key in keys]}
+
+
+def _cell(run: Run, key: str) -> object:
+    return run.bound if key == "mac_bound" else run.arm.get(key)
+
+
+def plots(tables: list[dict], slug: str) -> dict[str, list[str]]:
+    """A method's place among all others: model -> its quality against speed, and its MAC bound."""
+    return {table["model"]: [highlighted(plot, slug) for name, plot in table["plots"].items() if f"run-{slug}" in plot]
+            for table in tables if any(run.slug == slug for run in table["found"].runs)}
+
+
+def measurements(site: Site, entry: Entry) -> list[dict]:
+    """Our measurements of one method: a table a record."""
+    found = []
+    for record in site.results.get(entry.slug, {}).get("records", []):
+        arms = record.get("arms", {})
+        arms = {name: arm | {"lowest_recall": min(arm["recall"].values())} if arm.get("recall") else arm
+                for name, arm in arms.items()}
+        keys = [key for key in METRICS if any(key in arm for arm in arms.values())]
+        keys += sorted({key for arm in arms.values() for key, value in arm.items()
+                        if not isinstance(value, dict | list) and key not in METRICS})
+        found.append({
+            "model": record.get("model", "unknown model"),
+            "config": ", ".join(f"{key}={value!r}" for key, value in record.get("config", {}).items()) or "defaults",
+            "columns": [METRICS.get(key, (key.replace("_", " "), "plain"))[0] for key in keys],
+            "rows": [(ARMS.get(arm, entry.name if arm == "method" else arm),
+                      [number(values.get(key), METRICS.get(key, ("", "plain"))[1]) for key in keys])
+                     for arm, values in arms.items()],
+            "facts": {key: record[key] for key in ("hardware", "commit", "date") if record.get(key)} | {
+                key: value for key, value in record.get("suite", {}).items() if key in ("rounds", "guidance", "seeds")},
+            "versions": record.get("versions", {}),
+            "missing": {ARMS[arm]: reason for arm, reason in record.get("missing", {}).items()},
+            "stale": record.get("code_hash") != site.hashes.get(entry.slug),
+        })
+    return found
+
+
+def study(site: Site, slug: str) -> dict | None:
+    """The table that only this method has."""
+    study = site.results.get(slug, {}).get("study")
+    if study is None:
+        return None
+    return study | {"rows": [[number(value, "plain") for value in row] for row in study["rows"]],
+                    "facts": "; ".join(study[key] for key in ("hardware", "date", "commit") if key in study),
+                    "stale": study.get("code_hash") != site.hashes.get(slug)}
