@@ -186,10 +186,3 @@ def test_real_check_is_quick_and_needs_no_torch():
 
 def test_bench_measures_a_sound_catalogue():
     assert measure(5)["problems"] == 0
-
-
-@pytest.mark.parametrize("tool", ["check_catalog", "render_readme", "new_entry", "export", "render_site"])
-def test_tools_run_as_scripts_and_as_modules(tool):
-    for command in ([f"tools/{tool}.py"], ["-m", f"accel_tools.{tool}"]):
-        done = subprocess.run([sys.executable, *command, "--help"], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stderr
