@@ -1,4 +1,4 @@
-"""The checker: each rule that ties code to entries, the output forms, --fix, and the hash of a method's code."""
+"""The checker: each rule that ties code to entries, the output forms, --fix, and stale results."""
 import json
 import subprocess
 import sys
@@ -120,32 +120,7 @@ def test_json_of_a_sound_catalogue_is_an_empty_list(toy, capsys):
     assert json.loads(capsys.readouterr().out) == []
 
 
-# ---- hash of the code --------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize(("old", "new", "same"), [
-    ("# r, Sec. 3", "# another word", True),
-    ('"""Eq. 0: keeps what is alike.', '"""Eq. 0: something else.', True),
-    ("OFF = Config(ratio=0.0)", "OFF = Config( ratio = 0.0 )", True),
-    ("float = 0.5", "float = 0.6", False),
-    ("token.weight > r", "token.weight >= r", False),
-])
-def test_hash_follows_behaviour(toy, edit, old, new, same):
-    before = code_hash("method_2", toy)
-    edit(MODULE, old, new)
-    assert (code_hash("method_2", toy) == before) is same
-
-
-def test_hash_follows_imports_to_any_depth(toy, edit):
-    (toy / "methods/_core").mkdir()
-    (toy / "kernels").mkdir()
-    (toy / "methods/_core/patch.py").write_text("from accel_kernels import merge\n")
-    (toy / "kernels/merge.py").write_text("R = 1\n")
-    edit(MODULE, "from dataclasses", "from methods._core.patch import merge\nfrom dataclasses")
-    before, other = code_hash("method_2", toy), code_hash("method_1", toy)
-    (toy / "kernels/merge.py").write_text("R = 2\n")
-    assert code_hash("method_2", toy) != before
-    assert code_hash("method_1", toy) == other
-
+# ---- results and what is measured -----------------------------------------------------------------------------------
 
 def test_stale_results_warn_and_do_not_fail(toy, edit, capsys):
     results = toy / "catalog/results"

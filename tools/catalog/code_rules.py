@@ -9,10 +9,11 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from accel_tools.catalog.code_hash import Source
+from accel_tools.catalog.code_hash import Code
 from accel_tools.catalog.entries import Catalog, entry_file
 from accel_tools.catalog.rules import allowed
 from accel_tools.catalog.schema import UNFILLED, Entry, Paper
+from accel_tools.catalog.source import Source
 from accel_tools.catalog.yaml_lines import Problem
 
 
@@ -173,6 +174,7 @@ def _import_problems(catalog: Catalog, source: Source, entry: Entry, file: str, 
 
 
 def _stale_results(catalog: Catalog, source: Source) -> Iterator[Problem]:
+    code = Code(source)
     for path in sorted((catalog.root / "catalog/results").glob("*.json")):
         file = path.relative_to(catalog.root).as_posix()
         try:
@@ -184,7 +186,7 @@ def _stale_results(catalog: Catalog, source: Source) -> Iterator[Problem]:
             yield Problem(file, 1, f"there is no {entry_file(path.stem)}")
             continue
         try:
-            now = source.code_hash(path.stem)
+            now = code.hash(path.stem)
         except (FileNotFoundError, SyntaxError):
             now = None
         if any(value != now for value in recorded):

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accel_tools.catalog import ROOT, Catalog, load
-from accel_tools.catalog.code_hash import Source
+from accel_tools.catalog.code_hash import Code
+from accel_tools.catalog.source import Source
 from accel_tools.pages.method_source import ModuleSource, parse
 
 
@@ -32,6 +33,7 @@ def read(root: Path = ROOT) -> Site:
     """Raises CatalogError, SyntaxError, or ValueError for JSON that does not parse."""
     catalog = load(root)
     source = Source(root)
+    code = Code(source)
     modules = {slug: path for slug in catalog.entries if (path := source.path(f"methods.{slug}"))}
     kernels = {path.stem: path for path in sorted((root / "kernels").glob("[a-z]*.py"))}
     uses = {slug: [name for name, file in kernels.items() if file in set(source.closure(path))]
@@ -46,7 +48,7 @@ def read(root: Path = ROOT) -> Site:
         plans=_json(plans) if plans.exists() else {},
         methods={slug: parse(path.read_text(encoding="utf-8")) for slug, path in modules.items()},
         kernels={name: parse(path.read_text(encoding="utf-8")) for name, path in kernels.items()},
-        hashes={slug: source.code_hash(slug) for slug in modules},
+        hashes={slug: code.hash(slug) for slug in modules},
         uses=uses,
         samples=(root / "site/assets/samples.png").exists(),
         pictures=frozenset(path.stem for path in (root / "site/assets/models").glob("*.png")),
