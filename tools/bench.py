@@ -13,7 +13,8 @@
 
 The entries of the catalogue say which configs are measured (`bench:`). A sweep can be killed and continues where it was:
 finished pieces lie in build/bench/cells. Timings are paired and interleaved; run them on a machine that does nothing else.
-`--untimed` does all that a busy machine cannot spoil, and leaves the results as they are.
+Results are written only from a tree as it was committed, unless `--dirty` says that any will do. `--untimed` does all that a
+busy machine cannot spoil, and leaves the results as they are.
 """
 from __future__ import annotations
 
@@ -139,12 +140,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--rounds", type=int,
                         help="interleaved rounds, in place of the suite's, of 5 (--realistic), 31 (--overhead) or 9 (--plans)")
+    parser.add_argument("--dirty", action="store_true", help="write results although the tree differs from its commit")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, recorded with the results")
     args = parser.parse_args(argv)
+    others = args.realistic or args.overhead or args.plans or args.studies
+    sweeps = bool(args.suite) or not (others or args.catalog or args.kernels)
+    if (others or sweeps and not args.untimed) and not args.dirty and (reason := records.dirty_tree()):
+        parser.error(reason)
     torch.set_num_threads(args.threads)
     cells, failed = Cells(FOLDER), []
-    if args.suite or not (args.realistic or args.overhead or args.plans or args.studies or args.catalog
-                          or args.kernels):
+    if sweeps:
         failed += suite(args, cells)
     if args.realistic:
         failed += each_case(CASES, Realistic(cells, args.rounds or 5).record, args)

@@ -1,6 +1,7 @@
 """The bench: what it measures by worked values, what survives a kill or a failure, and that a record is complete."""
 import json
 import math
+import subprocess
 from contextlib import nullcontext
 from importlib.metadata import version
 
@@ -269,7 +270,49 @@ def test_models_are_swept_one_after_the_other(monkeypatch, tmp_path, capsys, mak
 def test_a_failed_case_fails_the_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "FOLDER", tmp_path)
     monkeypatch.setattr(bench, "CASES", [realistic.Case("a model", lambda: 1 / 0, Arm(1, "tome"))])
-    assert bench.main(["--realistic"]) == 1 and "FAILED tome" in capsys.readouterr().err
+    assert bench.main(["--realistic", "--dirty"]) == 1 and "FAILED tome" in capsys.readouterr().err
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A small repository with one commit."""
+    for path in ("methods/a.py", "catalog/results/a.json", "README.md"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("1")
+    for command in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "one"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def test_a_tree_is_dirty_when_what_a_number_depends_on_has_changed(checkout, tmp_path_factory):
+    for path in ("catalog/results/a.json", "catalog/results/b.json", "README.md", "notes.txt"):
+        (checkout / path).write_text("2")
+    assert records.changed(checkout) == [] and records.dirty_tree(checkout) is None
+    clean = records.commit(checkout)
+    assert len(clean) >= 7 and "dirty" not in clean
+    for path, told in (("methods/a.py", "in methods/a.py, so"), ("methods/new.py", "in methods/a.py, methods/new.py, so")):
+        (checkout / path).write_text("2")
+        assert told in records.dirty_tree(checkout) and "commit first, or say --dirty" in records.dirty_tree(checkout)
+    assert records.commit(checkout) == f"{clean}-dirty"
+    assert records.commit(tmp_path_factory.mktemp("nowhere")) == "unknown"
+
+
+@pytest.mark.parametrize("flags", [[], ["--suite", "paper"], ["--realistic"], ["--overhead"], ["--plans"], ["--studies"]])
+def test_no_result_is_written_from_a_dirty_tree(monkeypatch, capsys, flags):
+    monkeypatch.setattr(records, "changed", lambda root: ["a.py", "b.py", "c.py", "d.py"])
+    monkeypatch.setattr(bench, "suite", lambda *_: pytest.fail("nothing may run"))
+    monkeypatch.setattr(bench, "each_case", lambda *_: pytest.fail("nothing may run"))
+    with pytest.raises(SystemExit):
+        bench.main(flags)
+    assert "the tree differs from its commit in a.py, b.py, c.py and 1 more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--dirty"], ["--untimed"]])
+def test_a_dirty_tree_is_measured_when_told_so_or_nothing_is_written(monkeypatch, flags):
+    monkeypatch.setattr(records, "changed", lambda root: ["a.py"])
+    ran = []
+    monkeypatch.setattr(bench, "suite", lambda *_: ran.append(1) or [])
+    assert bench.main(flags) == 0 and ran == [1]
 
 
 def test_the_catalogue_tools_are_timed(monkeypatch, capsys):

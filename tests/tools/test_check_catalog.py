@@ -127,6 +127,9 @@ def test_stale_results_warn_and_do_not_fail(toy, edit, capsys):
     results.mkdir()
     (results / "method_2.json").write_text(json.dumps({"runs": [{"code_hash": code_hash("method_2", toy)}]}))
     assert found(toy) == []
+    edit("catalog/results/method_2.json", "{", '{"commit": "abc-dirty", ')
+    [told] = found(toy)
+    assert told.startswith("catalog/results/method_2.json:1: measured from a tree that was not committed")
     edit(MODULE, "float = 0.5", "float = 0.6")
     assert check_catalog.main(["--root", str(toy)]) == 0
     out = capsys.readouterr().out

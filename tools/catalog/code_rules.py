@@ -178,7 +178,7 @@ def _stale_results(catalog: Catalog, source: Source) -> Iterator[Problem]:
     for path in sorted((catalog.root / "catalog/results").glob("*.json")):
         file = path.relative_to(catalog.root).as_posix()
         try:
-            recorded = _hashes(json.loads(path.read_text(encoding="utf-8")))
+            data = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             yield Problem(file, 1, f"is no JSON: {error}")
             continue
@@ -189,15 +189,17 @@ def _stale_results(catalog: Catalog, source: Source) -> Iterator[Problem]:
             now = code.hash(path.stem)
         except (FileNotFoundError, SyntaxError):
             now = None
-        if any(value != now for value in recorded):
+        if any(value != now for value in _values(data, "code_hash")):
             yield Problem(file, 1, "measured with other code than today's; run tools/bench.py again", "warning")
+        elif any(value.endswith("-dirty") for value in _values(data, "commit")):
+            yield Problem(file, 1, "measured from a tree that was not committed; run tools/bench.py again", "warning")
 
 
-def _hashes(data: object) -> list[str]:
-    """All values under a key `code_hash`, at any depth."""
+def _values(data: object, key: str) -> list[str]:
+    """All values under `key`, at any depth."""
     if isinstance(data, list):
-        return [found for item in data for found in _hashes(item)]
+        return [found for item in data for found in _values(item, key)]
     if isinstance(data, dict):
-        own = [data["code_hash"]] if "code_hash" in data else []
-        return own + [found for item in data.values() for found in _hashes(item)]
+        own = [data[key]] if key in data else []
+        return own + [found for item in data.values() for found in _values(item, key)]
     return []

@@ -25,6 +25,8 @@ from accel_tools.pages import text
 from accel_tools.zoo.machine import hardware
 
 code_hash_of = cache(code_hash)          # once a process: the code that runs is the code that was imported
+MATTER = ("methods", "kernels", "tools", "catalog", "pyproject.toml", "constraints.txt")
+WRITTEN = (":!catalog/results", ":!catalog/baselines", ":!catalog/plans.json")
 PACKAGES = ("genaccel", "torch", "diffusers", "transformers", "triton", "numpy", "tomesd", "DeepCache", "tgate", "cache-dit")
 
 
@@ -32,7 +34,7 @@ def provenance(slug: str | None = None) -> dict[str, Any]:
     """Where a number comes from: machine and how busy it was (load over five minutes), versions, commit, day, and of a method
     the hash of its code."""
     code = {"code_hash": code_hash_of(slug)} if slug else {}
-    return {"hardware": hardware(), "load_average": round(os.getloadavg()[1], 1), "versions": versions(), "commit": _commit(),
+    return {"hardware": hardware(), "load_average": round(os.getloadavg()[1], 1), "versions": versions(), "commit": commit(),
             "date": datetime.now(UTC).date().isoformat(), **code}
 
 
@@ -47,10 +49,30 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str:
-    """The commit, with -dirty if tracked files were changed since; "unknown" outside a checkout."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+def _git(root: Path, *command: str) -> str:
+    return subprocess.run(["git", *command], cwd=root, capture_output=True, text=True).stdout
+
+
+def changed(root: Path = ROOT) -> list[str]:
+    """Files a number may depend on that differ from the commit, new ones included; those that the bench writes do not count.
+    None outside a checkout."""
+    lines = _git(root, "status", "--porcelain", "--untracked-files=all", "--no-renames", "--", *MATTER, *WRITTEN).splitlines()
+    return [line[3:] for line in lines]
+
+
+def commit(root: Path = ROOT) -> str:
+    """The commit, with -dirty if files that matter were changed since; "unknown" outside a checkout."""
+    name = _git(root, "describe", "--always").strip()
+    return name + "-dirty" * bool(changed(root)) if name else "unknown"
+
+
+def dirty_tree(root: Path = ROOT) -> str | None:
+    """Why no result should be written from this tree; None where one may."""
+    if not (files := changed(root)):
+        return None
+    shown = ", ".join(files[:3]) + f" and {len(files) - 3} more" * (len(files) > 3)
+    return (f"the tree differs from its commit in {shown}, so nobody could repeat what is measured now; "
+            "commit first, or say --dirty to write results that are marked so")
 
 
 def rounded(value: Any) -> Any:
