@@ -46,7 +46,7 @@ def test_toy_is_sound(toy):
                  "but tests/kernels/test_match.py is missing", id="kernel module"),
     pytest.param(MODULE, "def apply(", "def apply(:", f"{MODULE}:", id="syntax"),
     pytest.param(MODULE, "OFF = ", "# FILL: more\nOFF = ", f"{MODULE}:14: fill in: more", id="still to write"),
-    pytest.param(ENTRY, "kind: patch", "kind: decoder", "of kind decoder must define 'generate'", id="kind"),
+    pytest.param(ENTRY, "kind: patch", "kind: decoder\nclaims: [passes]", "of kind decoder must define 'generate'", id="kind"),
     pytest.param(ENTRY, "kind: patch", "kind: patch\npending: true", f"{ENTRY}:4: pending: remove this", id="pending"),
     pytest.param("TOKEN-WISE.md", "[2]", "[ 2]", "TOKEN-WISE.md:1: is stale; run", id="list"),
     pytest.param("catalog/schema.json", "{", "{ ", "catalog/schema.json:1: is stale; run", id="schema"),

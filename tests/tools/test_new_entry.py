@@ -58,6 +58,7 @@ def test_filled_entry_leads_to_the_code(toy):
 @pytest.mark.parametrize("kind", Kind.__args__)
 def test_skeletons_are_python(toy, kind):
     assert start(toy, *FLAGS, "--arxiv", "2503.00010", kind=kind) == 0
+    assert ("claims:" in (toy / FILES[0]).read_text()) == (kind != "patch")
     for path in FILES[1:]:
         compile((toy / path).read_text(), path, "exec")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import get_args
 
 from accel_tools.catalog.entries import Catalog, entry_file
-from accel_tools.catalog.schema import TAG_AXES, Kind
+from accel_tools.catalog.schema import TAG_AXES, Claim, Kind
 from accel_tools.catalog.yaml_lines import Problem, line_of
 
 
@@ -47,6 +47,11 @@ def problems_of(catalog: Catalog, slugs: set[str], complete: bool) -> Iterator[P
                     yield Problem(file, at("papers", i, "authors", j), message)
             if not paper.link:
                 yield Problem(file, at("papers", i), f"papers.{i}: needs one of arxiv, openreview, doi, url")
+        if not entry.claims and not entry.pending:
+            said = f"claims: a {entry.kind} must say what it saves, some of {', '.join(get_args(Claim))}"
+            yield Problem(file, at("kind"), said)
+        elif len(entry.claims) > 1 and ("none" in entry.claims or len(set(entry.claims)) < len(entry.claims)):
+            yield Problem(file, at("claims"), "claims: each stands once, and none stands alone")
         for i, other in enumerate(entry.builds_on):
             if other not in slugs or other == slug:
                 yield Problem(file, at("builds_on", i), f"builds_on.{i}: {other!r} is no other entry; "

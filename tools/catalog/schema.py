@@ -6,13 +6,14 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 SLUG = re.compile(r"[a-z][a-z0-9_]*")
 UNFILLED = "FILL:"                  # marks what a contributor still has to write
 TAG_AXES = ("application", "training", "criterion", "mechanism")
 
 Kind = Literal["patch", "decoder", "module", "training", "compress", "parallel"]
+Claim = Literal["macs", "memory", "passes", "quality", "none"]
 Level = Literal["official", "equations", "reconstruction"]
 AuthorsStyle = Literal["last_first", "first_last", "commas"]
 ErratumField = Literal[
@@ -185,12 +186,17 @@ class Erratum(Strict):
     evidence: Line
 
 
+CLAIMS = ("What an implementation must be better in than the model without it: fewer multiply-accumulates, less memory, fewer "
+          "passes through the model, or quality at a higher cost; none stands alone. A patch that says nothing claims macs.")
+
+
 class Entry(Strict):
     name: Line
     summary: Annotated[str, Field(max_length=140), AfterValidator(_one_line)]
     kind: Kind
     since: Since                      # first public date
     pending: Flag = False             # true while there is no methods/<slug>.py
+    claims: Annotated[list[Claim], Field(description=CLAIMS)] = []
     papers: Annotated[list[Paper], Field(min_length=1)]
     builds_on: list[Slug] = []
     models: Annotated[list[Term], Field(min_length=1)]
@@ -204,6 +210,11 @@ class Entry(Strict):
     errata: list[Erratum] = []
     notes: Prose | None = None
     _slug: str = PrivateAttr("")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _claims_of_a_patch(cls, data: Any) -> Any:
+        return {"claims": ["macs"], **data} if isinstance(data, dict) and data.get("kind") == "patch" else data
 
     @property
     def slug(self) -> str:

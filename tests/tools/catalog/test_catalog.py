@@ -58,6 +58,10 @@ def test_toy_catalogue_loads(toy):
     pytest.param("code: owner/method2", "code: http://x.org/a", "must be owner/repo on GitHub or an https", id="http"),
     pytest.param(f"    arxiv: {ARXIV}", "    url: http://x.org", "papers.0.url: must be an https:// link", id="scheme"),
     pytest.param(f"    arxiv: {ARXIV}", "    url: javascript:alert(1)", "must be an https:// link", id="script"),
+    pytest.param("kind: patch", "kind: decoder", "claims: a decoder must say what it saves, some of macs", id="no claim"),
+    pytest.param("builds_on: []", "claims: [speed]\nbuilds_on: []", "claims.0: Input should be 'macs', 'memory'", id="claim"),
+    pytest.param("builds_on: []", "claims: [macs, none]\nbuilds_on: []", "and none stands alone", id="none and more"),
+    pytest.param("builds_on: []", "claims: [macs, macs]\nbuilds_on: []", "claims: each stands once", id="claim twice"),
     pytest.param("builds_on: []", "builds_on: [method_9]", "'method_9' is no other entry; did you mean", id="parent"),
     pytest.param("builds_on: []", "builds_on: [method_2]", "'method_2' is no other entry", id="own parent"),
     pytest.param("in: token-wise/image,", "in: token-wise/sound,", "rows.0.in: no such section; did you", id="section"),
@@ -81,6 +85,12 @@ def test_each_error_is_told(toy, edit, old, new, message):
     [told] = [int(text.split(":")[1]) for text in found if message in text][:1]
     whole = "missing key" in message or "needs one of" in message      # told where the mapping begins
     assert told <= line if whole else abs(told - line) <= 2, (found, line)
+
+
+def test_a_patch_claims_arithmetic_unless_it_says_otherwise(toy, edit):
+    edit(ENTRY, "builds_on: []", "claims: [quality]\nbuilds_on: []")
+    edit("catalog/entries/method_3.yaml", "kind: patch", "kind: training\npending: true")
+    assert [entry.claims for entry in load(toy).entries.values()] == [["macs"], ["quality"], []]
 
 
 def test_all_errors_at_once(toy, edit):
