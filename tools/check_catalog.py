@@ -12,8 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-from accel_tools.catalog import ROOT, CatalogError, load
+from accel_tools.catalog import ROOT, read
 from accel_tools.catalog.code_rules import code_problems
+from accel_tools.catalog.papers import twins
 from accel_tools.catalog.rows import erratum_problems
 from accel_tools.catalog.yaml_lines import Problem
 from accel_tools.pages.lists import MarkerError, generated, stale
@@ -32,15 +33,13 @@ def check(root: Path = ROOT, fix: bool = False) -> tuple[list[Problem], list[str
 
 
 def _check(root: Path, fix: bool) -> tuple[list[Problem], list[str]]:
-    try:
-        catalog = load(root)
-    except CatalogError as error:
-        return error.problems, []
-    problems = list(erratum_problems(catalog))
-    fixed = []
+    reading = read(root)
+    problems, fixed = list(reading.problems), []
+    if not problems:
+        problems += erratum_problems(reading.catalog)
     if not problems:
         try:
-            changed = stale(root, generated(catalog))
+            changed = stale(root, generated(reading.catalog))
         except MarkerError as error:
             changed = {}
             problems.append(Problem("README.md", 1, str(error)))
@@ -50,8 +49,9 @@ def _check(root: Path, fix: bool) -> tuple[list[Problem], list[str]]:
                 fixed.append(file)
             else:
                 problems.append(Problem(file, 1, "is stale; run tools/check_catalog.py --fix"))
-    problems += code_problems(catalog)
-    return sorted(problems), fixed
+    if reading.catalog:
+        problems += twins(reading.catalog)
+    return sorted([*problems, *code_problems(reading)]), fixed
 
 
 def show(problems: list[Problem], form: str) -> str:

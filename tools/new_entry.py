@@ -20,7 +20,7 @@ from bibtexparser.middlewares import LatexDecodingMiddleware, SeparateCoAuthors,
 from pydantic import ValidationError
 
 from accel_tools.catalog import ROOT
-from accel_tools.catalog.code_rules import docstring_parts
+from accel_tools.catalog.module_rules import docstring_parts
 from accel_tools.catalog.schema import SLUG, Kind, Paper
 from accel_tools.pages.text import environment, write
 

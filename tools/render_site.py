@@ -18,7 +18,7 @@ import bibtexparser
 
 from accel_tools.catalog import ROOT, CatalogError
 from accel_tools.catalog.rows import SOURCE, fields, link
-from accel_tools.catalog.schema import TAG_AXES, Paper
+from accel_tools.catalog.schema import TAG_AXES, Paper, Vocab
 from accel_tools.pages import views
 from accel_tools.pages.data import as_bib, as_csv, as_json, bib_entry
 from accel_tools.pages.markdown_text import code, fence, md, number, prose
@@ -86,8 +86,8 @@ def nav(site: Site) -> dict[str, list]:
     }
 
 
-def bibtex(paper: Paper) -> str:
-    return bibtexparser.write_string(bibtexparser.Library([bib_entry(paper)])).strip().replace("\t", "  ")
+def _bibtex(vocab: Vocab, paper: Paper) -> str:
+    return bibtexparser.write_string(bibtexparser.Library([bib_entry(paper, vocab)])).strip().replace("\t", "  ")
 
 
 def _to(page: str, target: str) -> str:
@@ -113,12 +113,12 @@ def _listed(value: object) -> str:
 
 def _render(site: Site, path: str, template: str, **context) -> str:
     known = {"site": site, "catalog": site.catalog, "vocab": site.catalog.vocab, "entries": site.catalog.entries,
-             "to": partial(_to, path), "url": partial(_url, path)}
+             "to": partial(_to, path), "url": partial(_url, path), "bibtex": partial(_bibtex, site.catalog.vocab)}
     return _env.get_template(template).render({**known, **context})
 
 
 _env = environment("site", md=md, code=code, prose=prose, fence=fence, link=link, json=partial(json.dumps, ensure_ascii=False))
-_env.globals |= {"AXES": views.AXES, "TAG_AXES": TAG_AXES, "SOURCE": SOURCE, "terms": views.terms, "bibtex": bibtex,
+_env.globals |= {"AXES": views.AXES, "TAG_AXES": TAG_AXES, "SOURCE": SOURCE, "terms": views.terms,
                  "with_parents": views.with_parents, "number": number, "distinct": views.distinct, "listed": _listed}
 
 

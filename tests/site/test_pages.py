@@ -15,8 +15,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 
 from accel_tools import mkdocs_hook, render_site
+from accel_tools.catalog.method_source import parse
 from accel_tools.pages.markdown_text import code, fence, md, number, prose
-from accel_tools.pages.method_source import parse
 from accel_tools.pages.site import read
 from accel_tools.render_site import nav, pages
 

@@ -13,6 +13,7 @@ from accel_tools.measure.growth import measure
 
 MODULE = "methods/method_2.py"
 ENTRY = "catalog/entries/method_2.yaml"
+TEST = "tests/methods/test_method_2.py"
 
 
 def found(root) -> list[str]:
@@ -25,6 +26,28 @@ def test_toy_is_sound(toy):
 
 @pytest.mark.parametrize(("file", "old", "new", "expected"), [
     pytest.param(MODULE, "Method 2 - Made-up", "Method 2 - Made", f"{MODULE}:1: docstring must begin with", id="title"),
+    pytest.param(MODULE, "Idea: tokens", "Tokens", f"{MODULE}:17: docstring: the part 'Idea' is missing", id="idea"),
+    pytest.param(MODULE, "Map\n", "Mapping\n", f"{MODULE}:17: docstring: the part 'Map' is missing", id="no map"),
+    pytest.param(MODULE, "Departures\n", "", "docstring: the part 'Departures' is missing", id="departures"),
+    pytest.param(MODULE, "    >>> 1 + 1\n    2\n", "", "docstring: the part 'Example' is missing", id="example"),
+    pytest.param(MODULE, "alike    merge_0", "alike    merge_x",
+                 f"{MODULE}:8: Map: merge_x is not defined; did you mean 'merge_", id="map"),
+    pytest.param(MODULE, "alike    merge_0", "alike    merge_0, Config.size", "8: Map: Config.size is not", id="field"),
+    pytest.param(MODULE, "alike    merge_0", "alike    methods.method_1.nothing", "Map: methods.method_1.nothing is not",
+                 id="map of nothing elsewhere"),
+    pytest.param(MODULE, "    Eq. 0    keep what is alike    merge_0\n    Alg. 1   the whole             apply\n",
+                 "    apply\n", f"{MODULE}:7: Map: its columns", id="map without columns"),
+    pytest.param(MODULE, "    return merge_0", "    print(model)\n    return merge_0", "print() is left in", id="print"),
+    pytest.param(MODULE, "    return merge_0", "    breakpoint()\n    return merge_0", "breakpoint() is left", id="breakpoint"),
+    pytest.param(MODULE, "from dataclasses", "import triton\nfrom dataclasses", "18: imports triton; only", id="triton"),
+    pytest.param(MODULE, "    return merge_0", "    from diffusers import X\n    return merge_0", "imports diffusers; a patch",
+                 id="diffusers"),
+    pytest.param(MODULE, "OFF = ", "\n" * 400 + "OFF = ", f"{MODULE}:351: has ", id="length"),
+    pytest.param(MODULE, '"""Method 2', '"Method 2"\nX = """', "the part 'Idea' is missing", id="docstring of a line"),
+    pytest.param(TEST, "contract.cases", "print", f"{TEST}:1: does not call the contract", id="contract"),
+    pytest.param(TEST, "import contract", "import numpy as contract", "does not call the contract", id="other contract"),
+    pytest.param(TEST, "    assert", "    print(1)\n    assert", f"{TEST}:7: print() is left in", id="print in the test"),
+    pytest.param(TEST, "def ", "def def ", f"{TEST}:6: does not parse", id="syntax of the test"),
     pytest.param(MODULE, "arXiv 2024.", "ICLR 2025.", "second paragraph of the docstring must be", id="venue"),
     pytest.param(MODULE, "arXiv:2001.10002", "arXiv:2001.10003", "second paragraph of the docstring", id="arxiv"),
     pytest.param(MODULE, "owner/method2", "owner/method3", "second paragraph of the docstring must be", id="code"),
@@ -32,8 +55,8 @@ def test_toy_is_sound(toy):
     pytest.param(MODULE, "def apply(", "def put_on(", "a method of kind patch must define 'apply'", id="verb"),
     pytest.param(MODULE, "class Config:", "class Options:", "must define 'Config'", id="config"),
     pytest.param(MODULE, "OFF =", "NONE =", "must define 'OFF'", id="off"),
-    pytest.param(MODULE, "0.5       # r, Sec. 3", "0.5", f"{MODULE}:10: Config.ratio needs a comment", id="comment"),
-    pytest.param(MODULE, "# of the draw, Sec. 3", "#", f"{MODULE}:11: Config.seed needs a comment", id="empty comment"),
+    pytest.param(MODULE, "0.5       # r, Sec. 3", "0.5", f"{MODULE}:23: Config.ratio needs a comment", id="comment"),
+    pytest.param(MODULE, "# of the draw, Sec. 3", "#", f"{MODULE}:24: Config.seed needs a comment", id="empty comment"),
     pytest.param(MODULE, "from dataclasses", "from methods import method_1\nfrom dataclasses",
                  "imports methods.method_1; catalog/entries/method_2.yaml must list it under builds_on", id="import"),
     pytest.param(MODULE, "from dataclasses", "from .method_1 import apply as a\nfrom dataclasses",
@@ -41,11 +64,11 @@ def test_toy_is_sound(toy):
     pytest.param(MODULE, "    return merge_0", "    import methods.method_1\n    return merge_0",
                  "must list it under builds_on", id="import in a function"),
     pytest.param(MODULE, "from dataclasses", "from accel_kernels.match import match\nfrom dataclasses",
-                 f"{MODULE}:1: imports the kernel 'match', but kernels/_triton/match.py is missing", id="kernel"),
+                 f"{MODULE}:18: imports the kernel 'match', but kernels/_triton/match.py is missing", id="kernel"),
     pytest.param(MODULE, "from dataclasses", "from accel_kernels import match\nfrom dataclasses",
                  "but tests/kernels/test_match.py is missing", id="kernel module"),
     pytest.param(MODULE, "def apply(", "def apply(:", f"{MODULE}:", id="syntax"),
-    pytest.param(MODULE, "OFF = ", "# FILL: more\nOFF = ", f"{MODULE}:14: fill in: more", id="still to write"),
+    pytest.param(MODULE, "OFF = ", "# FILL: more\nOFF = ", f"{MODULE}:27: fill in: more", id="still to write"),
     pytest.param(ENTRY, "kind: patch", "kind: decoder\nclaims: [passes]", "of kind decoder must define 'generate'", id="kind"),
     pytest.param(ENTRY, "kind: patch", "kind: patch\npending: true", f"{ENTRY}:4: pending: remove this", id="pending"),
     pytest.param("TOKEN-WISE.md", "[2]", "[ 2]", "TOKEN-WISE.md:1: is stale; run", id="list"),
@@ -71,6 +94,38 @@ def test_three_files_belong_together(toy):
         "tests/methods/test_strayed.py:1: there is no catalog/entries/strayed.yaml",
     ):
         assert expected in texts
+
+
+def test_a_map_may_lead_out_of_its_module(toy, edit):
+    (toy / "methods/_core").mkdir()
+    (toy / "methods/_core/plan.py").write_text("class Plan:\n    def drop(self):\n        pass\n")
+    edit(MODULE, "from dataclasses", "from methods._core import plan\nfrom dataclasses")
+    edit(MODULE, "alike    merge_0", "alike    plan.Plan.drop, methods._core.plan, methods._core.plan.Plan, Config.ratio")
+    assert found(toy) == []
+    edit(MODULE, "plan.Plan.drop", "plan.Plan.keep")
+    assert found(toy) == [f"{MODULE}:8: Map: plan.Plan.keep is not defined; allowed: Config, Config.ratio, Config.seed, OFF, "
+                          + ", ".join(["apply", *sorted(f"merge_{j}" for j in range(12))])]
+
+
+def test_everything_is_told_in_one_round(toy, edit):
+    """Also where the entry is not finished: its name, kind and paper are enough to check module and test."""
+    edit(ENTRY, "kind: patch", 'summary: "FILL: what it does"\nkind: patch')
+    edit(ENTRY, 'summary: "A made', 'summary_: "A made')
+    edit(ENTRY, "notes:", "note:")
+    edit(MODULE, "Method 2 - ", "Method Two - ")
+    edit(MODULE, "# r, Sec. 3", "")
+    edit(TEST, "contract.cases", "len")
+    edit("catalog/entries/method_1.yaml", "models:", "models: [venus]\nmodel:")
+    edit("methods/method_1.py", "def apply", "def put_on")
+    files = [text.split(":")[0] for text in found(toy)]
+    assert files == ["catalog/entries/method_1.yaml", *[ENTRY] * 3, *["methods/method_1.py"] * 2, MODULE, MODULE, TEST]
+
+
+def test_a_broken_entry_hides_no_syntax(toy, edit):
+    (toy / ENTRY).write_text("name: [")
+    edit(MODULE, "def apply(", "def apply(:")
+    edit(TEST, "contract.cases", "len")
+    assert [text.split(":")[0] for text in found(toy)] == [ENTRY, MODULE]
 
 
 def test_a_method_may_be_a_package(toy):

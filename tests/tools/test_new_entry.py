@@ -39,7 +39,9 @@ def test_checker_asks_for_what_is_missing(toy, capsys):
     assert start(toy, *FLAGS, "--arxiv", "2503.00010") == 0
     texts = [str(problem) for problem in check(toy)[0]]
     assert all(": fill in: " in text for text in texts)
-    assert {text.split(":")[2].strip() for text in texts} == {"summary", "models", "tags", "mechanism"}
+    asked = {file: [text.split(":")[2].strip() for text in texts if text.startswith(file)] for file in FILES}
+    assert set(asked[FILES[0]]) == {"summary", "models", "tags", "mechanism"}
+    assert len(asked[FILES[1]]) == 8 and len(asked[FILES[2]]) == 2
 
 
 def test_filled_entry_leads_to_the_code(toy):

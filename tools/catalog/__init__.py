@@ -7,64 +7,111 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from accel_tools.catalog.entries import ROOT, Catalog, CatalogError
-from accel_tools.catalog.rules import allowed, problems_of
-from accel_tools.catalog.schema import SLUG, UNFILLED, Entry, ListSpec, Strict, Vocab
+from accel_tools.catalog.entries import ROOT, Catalog, CatalogError, allowed
+from accel_tools.catalog.rules import problems_of, slug_problem
+from accel_tools.catalog.schema import UNFILLED, Entry, ListSpec, Strict, Vocab
 from accel_tools.catalog.yaml_lines import Problem, line_of, parse
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What could be read of a catalogue, and what is wrong with it.
+
+    `catalog` holds the sound entries; None where vocabulary or lists are broken. `drafts` are entries with problems of which
+    at least name, kind and papers are sound; what else is missing in them is made up.
+    """
+
+    catalog: Catalog | None
+    problems: list[Problem]
+    slugs: set[str]                   # of all files, readable or not
+    drafts: dict[str, Entry]
+
+
+MADE_UP = {"summary": "-", "since": "2000-01", "models": ["a"], "mechanism": "-", "builds_on": [], "bench": {}, "claims": [],
+           "tags": {"application": ["a"], "training": ["a"], "mechanism": ["a"]}, "rows": [], "reported": [], "fidelity": None,
+           "errata": [], "notes": None}
 
 
 def load(root: Path = ROOT) -> Catalog:
     """Reads and checks the whole catalogue below `root`. Raises CatalogError with every problem found."""
+    reading = read(root)
+    if reading.catalog is None or reading.problems:
+        raise CatalogError(reading.problems)
+    return reading.catalog
+
+
+def read(root: Path = ROOT) -> Reading:
+    """As much of the catalogue below `root` as can be read, with every problem found."""
     problems: list[Problem] = []
     lines: dict[str, dict] = {}
 
-    def read(path: Path, model: type[Strict]):
+    def read_file(path: Path, model: type[Strict]) -> tuple[Strict | None, Any]:
+        """The file as `model`, None if there is a problem, and as plain data."""
         file = path.relative_to(root).as_posix()
         try:
             source = path.read_bytes()
         except OSError as error:
             problems.append(Problem(file, 1, f"cannot be read: {error.strerror}"))
-            return None
+            return None, None
         data, lines[file], found = parse(source, file)
         problems.extend(found)
         if found:
-            return None
+            return None, None
         if not isinstance(data, dict):
             problems.append(Problem(file, 1, "must be a mapping of keys to values"))
-            return None
+            return None, None
         unfilled = list(_unfilled(data))
         problems.extend(Problem(file, line_of(lines[file], at), f"{at[0]}: fill in{text}") for at, text in unfilled)
         try:
-            entry = model.model_validate(data)
-            return None if unfilled else entry
+            whole = model.model_validate(data)
+            return None if unfilled else whole, data
         except ValidationError as error:
             filled = [e for e in error.errors() if not str(e["input"]).startswith(UNFILLED)]
             problems.extend(Problem(file, line_of(lines[file], e["loc"]), _explain(e, model)) for e in filled)
-            return None
+            return None, data
 
-    vocab = read(root / "catalog/vocab.yaml", Vocab)
-    lists = {path.stem: read(path, ListSpec) for path in sorted((root / "catalog/lists").glob("*.yaml"))}
-    entries = {}
+    vocab, _ = read_file(root / "catalog/vocab.yaml", Vocab)
+    lists = {path.stem: read_file(path, ListSpec)[0] for path in sorted((root / "catalog/lists").glob("*.yaml"))}
+    entries, drafts, slugs = {}, {}, set()
     for path in sorted((root / "catalog/entries").glob("*")):
         file = path.relative_to(root).as_posix()
-        if path.suffix != ".yaml" or not SLUG.fullmatch(path.stem):
-            problems.append(Problem(file, 1, "file name must be <slug>.yaml, the slug in lower case, digits and _"))
+        reason = slug_problem(path.stem, root)
+        if path.suffix != ".yaml" or reason:
+            problems.append(Problem(file, 1, "file name must be <slug>.yaml" + (f"; {reason}" if reason else "")))
             continue
-        if entry := read(path, Entry):
-            entry._slug = path.stem
+        slugs.add(path.stem)
+        entry, data = read_file(path, Entry)
+        if entry:
             entries[path.stem] = entry
-    slugs = {path.stem for path in (root / "catalog/entries").glob("*.yaml")}
+        elif draft := _draft(data):
+            drafts[path.stem] = draft
+    for slug, entry in [*entries.items(), *drafts.items()]:
+        entry._slug = slug
+    catalog = None
     if vocab and all(lists.values()):
         catalog = Catalog(root, vocab, lists, entries, lines)
         problems.extend(problems_of(catalog, slugs, complete=not problems))
-        if not problems:
-            return catalog
-    raise CatalogError(problems)
+    return Reading(catalog, sorted(problems), slugs, drafts)
+
+
+def _draft(data: Any) -> Entry | None:
+    """An entry whose name, kind and papers are sound, the rest made up where it is not."""
+    if not isinstance(data, dict):
+        return None
+    known = {key: value for key, value in data.items() if key in ("name", "kind", "pending", "papers")}
+    kept = {key: value for key, value in data.items() if key in ("builds_on", "bench") and not list(_unfilled(value))}
+    for facts in (kept, {}):
+        try:
+            return Entry.model_validate(MADE_UP | known | facts)
+        except ValidationError:
+            continue
+    return None
 
 
 def _unfilled(data: object, path: tuple = ()) -> Iterator[tuple[tuple, str]]:

@@ -1,6 +1,7 @@
 """The catalogue as data: entries, lists and vocabulary, and the line on which each of their keys stands."""
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def entry_file(slug: str) -> str:
     return f"catalog/entries/{slug}.yaml"
+
+
+def allowed(word: str, allowed: list[str]) -> str:
+    """What to write in place of `word`: the closest allowed one, or all of them."""
+    close = difflib.get_close_matches(word, allowed, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(sorted(allowed)) or 'none'}"
 
 
 class CatalogError(Exception):

@@ -1,24 +1,35 @@
 """Rules of the catalogue that span fields or files."""
 from __future__ import annotations
 
-import difflib
+import ast
+import keyword
 from collections.abc import Iterator
+from pathlib import Path
 from typing import get_args
 
-from accel_tools.catalog.entries import Catalog, entry_file
-from accel_tools.catalog.schema import TAG_AXES, Claim, Kind
+from accel_tools.catalog.entries import Catalog, allowed, entry_file
+from accel_tools.catalog.papers import paper_problems
+from accel_tools.catalog.schema import SLUG, TAG_AXES, Axis, Claim, Kind
 from accel_tools.catalog.yaml_lines import Problem, line_of
 
 
-def allowed(word: str, allowed: list[str]) -> str:
-    close = difflib.get_close_matches(word, allowed, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(sorted(allowed)) or 'none'}"
+def slug_problem(slug: str, root: Path) -> str | None:
+    """Why a method cannot have this name; None where it can."""
+    if not SLUG.fullmatch(slug):
+        return f"{slug!r} must be lower-case letters, digits and _, starting with a letter"
+    if keyword.iskeyword(slug):
+        return f"{slug!r} is a word of Python, so that `from methods import {slug}` cannot be written"
+    package = root / "methods/__init__.py"
+    for node in ast.parse(package.read_bytes()).body if package.exists() else ():
+        if slug in {getattr(node, "name", None), *(alias.asname or alias.name for alias in getattr(node, "names", ()))}:
+            return f"{slug!r} is a function of the package `methods` already, which a module would hide"
+    return None
 
 
 def problems_of(catalog: Catalog, slugs: set[str], complete: bool) -> Iterator[Problem]:
     """Everything wrong with readable files. `complete`: every file was readable, so gaps can be told."""
     yield from _vocabulary_rules(catalog)
-    first: dict[tuple[str, str], tuple[str, str, int]] = {}       # (kind of id, value) -> (slug, file, line)
+    yield from paper_problems(catalog)
     places: dict[tuple[str, int], tuple[str, int]] = {}
     sections = {f"{name}/{s.id}" for name, spec in catalog.lists.items() for s in spec.sections}
     for slug, entry in catalog.entries.items():
@@ -27,26 +38,6 @@ def problems_of(catalog: Catalog, slugs: set[str], complete: bool) -> Iterator[P
         def at(*path, _slug=slug):
             return catalog.line(_slug, *path)
 
-        for i, paper in enumerate(entry.papers):
-            for kind in ("key", "openreview", "doi", "arxiv"):
-                if (value := getattr(paper, kind)) is None:
-                    continue
-                line = at("papers", i, kind)
-                if clash := first.setdefault((kind, value), (slug, file, line)) != (slug, file, line):
-                    _, other, row = first[kind, value]
-                    yield Problem(file, line, f"papers.{i}.{kind}: {value!r} is already used at {other}:{row}")
-                if kind == "arxiv" and not clash:
-                    base = value.split("v")[0]
-                    if base in first and ("v" not in value or "v" not in first[base][0]):
-                        yield Problem(file, line, f"papers.{i}.arxiv: {base} is already used at {first[base][1]}; "
-                                                  "two entries may share an id only with different versions (v1, v2)")
-                    first.setdefault(base, (value, f"{file}:{line}", line))
-            for j, author in enumerate(paper.authors):
-                if author.family.lower() in ("others", "et al.", "et al"):
-                    message = f"papers.{i}.authors.{j}: name all authors, not {author.family!r}"
-                    yield Problem(file, at("papers", i, "authors", j), message)
-            if not paper.link:
-                yield Problem(file, at("papers", i), f"papers.{i}: needs one of arxiv, openreview, doi, url")
         if not entry.claims and not entry.pending:
             said = f"claims: a {entry.kind} must say what it saves, some of {', '.join(get_args(Claim))}"
             yield Problem(file, at("kind"), said)
@@ -91,9 +82,8 @@ def _gaps(catalog: Catalog, places: dict[tuple[str, int], tuple[str, int]]) -> I
 
 def _vocabulary_rules(catalog: Catalog) -> Iterator[Problem]:
     vocab, file = catalog.vocab, "catalog/vocab.yaml"
-    for name in type(vocab).model_fields:
-        axis = getattr(vocab, name)
-        for term, facts in axis.terms.items():
+    for name, axis in vocab:
+        for term, facts in (axis.terms.items() if isinstance(axis, Axis) else ()):
             line = line_of(catalog.lines[file], (name, "terms", term))
             if facts.parent and facts.parent not in axis.terms:
                 yield Problem(file, line, f"{name}.{term}.parent: {allowed(facts.parent, list(axis.terms))}")

@@ -82,7 +82,8 @@ Setting = Annotated[Any, BeforeValidator(_setting)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Https = _word(r"https://[^\s<>\"'\\`{}|]+", "an https:// link")
 Repo = _word(r"[\w.-]+/[\w.-]+|https://[^\s<>\"'\\`{}|]+", "owner/repo on GitHub or an https:// link")
-ArxivId = _word(r"\d{4}\.\d{5}(v[1-9]\d*)?", 'a quoted arXiv id such as "2303.17604" or "2404.02747v1"')
+ArxivId = _word(r"(\d{4}\.\d{4,5}|[a-z-]+(\.[A-Z]{2})?/\d{7})(v[1-9]\d*)?",
+                'a quoted arXiv id such as "2303.17604", "2404.02747v1" or "cs/0112017"')
 Doi = _word(r"10\.\d{4,9}/[^\s<>\"'\\`{}|]+", "a DOI such as 10.1609/aaai.v39i9.33071")
 OpenReview = _word(r"[A-Za-z0-9_-]+", "an OpenReview forum id")
 Key = _word(r"[a-z][a-z0-9_:-]*", "a BibTeX key such as bolya2023tomesd")
@@ -100,6 +101,15 @@ class Author(Strict):
     given: Line | None = None
     family: Line
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_plain_name(cls, data: Any) -> Any:
+        if isinstance(data, str) and data:
+            *given, family = data.split()
+            parts = f"given: {' '.join(given)}, family: {family}" if given else f"family: {family}"
+            raise ValueError(f"write {{{parts}}}")
+        return data
+
     @property
     def name(self) -> str:
         return f"{self.given} {self.family}" if self.given else self.family
@@ -109,7 +119,7 @@ class Paper(Strict):
     key: Key
     title: Line
     authors: Annotated[list[Author], Field(min_length=1)]
-    venue: Line                       # without the year; "arXiv" if none
+    venue: Line                       # a venue of the vocabulary, without the year; "arXiv" if none
     year: Annotated[int, Field(ge=1990, le=2100)]
     arxiv: ArxivId | None = None
     openreview: OpenReview | None = None
@@ -237,6 +247,12 @@ class Axis(Strict):
     terms: dict[Term, VocabTerm]
 
 
+class Venue(Strict):
+    label: Line                       # its full name
+    journal: Flag = False
+    aliases: list[Line] = []
+
+
 class Vocab(Strict):
     method: Axis
     application: Axis
@@ -246,6 +262,7 @@ class Vocab(Strict):
     model: Axis
     kind: Axis
     fidelity: Axis
+    venue: dict[Line, Venue]          # by the name that entries use
 
     def term(self, axis: str, name: str) -> VocabTerm:
         return getattr(self, axis).terms[name]
@@ -282,6 +299,7 @@ def json_schema(vocab: Vocab) -> str:
         terms = {"enum": list(getattr(vocab, axis).terms)}
         defs["Tags"]["properties"][axis]["items"] = terms
         defs["Row"]["properties"][axis]["anyOf"][0]["items"] = terms
+    defs["Paper"]["properties"]["venue"] = {"enum": list(vocab.venue)}
     schema["properties"]["models"]["items"] = {"enum": list(vocab.model.terms)}
     schema = {"$schema": "http://json-schema.org/draft-07/schema#", **schema}
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"

@@ -29,7 +29,7 @@ class Source:
     def __init__(self, root: Path = ROOT):
         self.root = root
         self.tree = lru_cache(maxsize=32)(_parse)                 # raises SyntaxError
-        self._imports: dict[Path, list[str]] = {}
+        self._imports: dict[Path, list[tuple[int, str]]] = {}
 
     def path(self, module: str) -> Path | None:
         """File of a module of this repository, or None for anything else."""
@@ -43,18 +43,22 @@ class Source:
         return None
 
     def imports(self, path: Path) -> list[str]:
-        """Modules that a file imports, anywhere in it; `from a import b` gives a.b if that is a module, else a."""
+        """Modules that a file imports, anywhere in it, once each; `from a import b` gives a.b if that is a module, else a."""
+        return list(dict.fromkeys(module for _, module in self.import_lines(path)))
+
+    def import_lines(self, path: Path) -> list[tuple[int, str]]:
+        """Line and module of every import."""
         if path not in self._imports:
             found = []
             for node in statements(self.tree(path)):
                 if isinstance(node, ast.Import):
-                    found += [alias.name for alias in node.names]
+                    found += [(node.lineno, alias.name) for alias in node.names]
                 elif isinstance(node, ast.ImportFrom):
                     base = self.absolute(path, node)
                     for alias in node.names:
                         full = f"{base}.{alias.name}"
-                        found.append(full if self.path(full) or base in FOLDERS else base)
-            self._imports[path] = list(dict.fromkeys(found))
+                        found.append((node.lineno, full if self.path(full) or base in FOLDERS else base))
+            self._imports[path] = found
         return self._imports[path]
 
     def absolute(self, path: Path, node: ast.ImportFrom) -> str:

@@ -54,6 +54,19 @@ errata:
 MODULE = '''"""Method {i} - Made-up Method {i}: a Title as Long as Titles Usually Are in This Field
 
 Given Family{i} et al., arXiv 2024. arXiv:{arxiv}. Code: owner/method{i}
+
+Idea: tokens that are alike are merged.
+
+Map
+    Eq. 0    keep what is alike    merge_0
+    Alg. 1   the whole             apply
+
+Departures
+    None.
+
+Example
+    >>> 1 + 1
+    2
 """
 from dataclasses import dataclass
 
@@ -70,6 +83,14 @@ OFF = Config(ratio=0.0)
 def apply(model, config: Config = Config()):
     return merge_0(model, config.ratio)
 '''
+TEST = """import contract
+
+from methods import method_{i}
+
+
+def test_contract():
+    assert contract.cases(method_{i})
+"""
 FUNCTION = '''
 
 def merge_{j}(x, r):
@@ -92,7 +113,7 @@ def synthetic(n: int, root: Path) -> None:
         authors = "\n".join(f"      - {{given: Given, family: Family{i + k}}}" for k in range(6))
         (root / f"catalog/entries/method_{i}.yaml").write_text(ENTRY.format(i=i, arxiv=arxiv, authors=authors))
         (root / f"methods/method_{i}.py").write_text(MODULE.format(i=i, arxiv=arxiv, body=body))
-        (root / f"tests/methods/test_method_{i}.py").write_text("def test_nothing():\n    pass\n")
+        (root / f"tests/methods/test_method_{i}.py").write_text(TEST.format(i=i))
     check(root, fix=True)
 
 

@@ -11,9 +11,8 @@ from bibtexparser.model import Field
 from pylatexenc.latexencode import UnicodeToLatexEncoder
 
 from accel_tools.catalog import Catalog
-from accel_tools.catalog.schema import TAG_AXES, Paper
+from accel_tools.catalog.schema import TAG_AXES, Paper, Vocab
 
-JOURNALS = {"TMLR", "ACM TOG", "IEEE JSTSP"}
 _latex = UnicodeToLatexEncoder(unknown_char_policy="keep", replacement_latex_protection="braces-all")
 
 
@@ -46,14 +45,14 @@ def as_csv(catalog: Catalog) -> str:
     return out.getvalue()
 
 
-def bib_entry(paper: Paper) -> BibEntry:
+def bib_entry(paper: Paper, vocab: Vocab) -> BibEntry:
     """One BibTeX entry in ASCII where LaTeX has a name for the character; titles keep their case."""
     text = {"title": f"{{{_latex.unicode_to_latex(paper.title)}}}", "author": _bib_authors(paper),
             "year": str(paper.year)}
     venue = _latex.unicode_to_latex(paper.venue)
     if paper.venue in ("arXiv", "OpenReview"):
         kind, text["howpublished"] = "misc", venue
-    elif paper.venue in JOURNALS:
+    elif vocab.venue[paper.venue].journal:
         kind, text["journal"] = "article", venue
     else:
         kind, text["booktitle"] = "inproceedings", venue
@@ -77,5 +76,5 @@ def _bib_authors(paper: Paper) -> str:
 
 
 def as_bib(catalog: Catalog) -> str:
-    library = bibtexparser.Library([bib_entry(p) for entry in catalog.entries.values() for p in entry.papers])
+    library = bibtexparser.Library([bib_entry(p, catalog.vocab) for entry in catalog.entries.values() for p in entry.papers])
     return bibtexparser.write_string(library)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from accel_tools.catalog import ROOT, Catalog, load
 from accel_tools.catalog.code_hash import Code
+from accel_tools.catalog.method_source import ModuleSource, parse
 from accel_tools.catalog.source import Source
-from accel_tools.pages.method_source import ModuleSource, parse
 
 
 @dataclass(frozen=True)

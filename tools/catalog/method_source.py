@@ -42,7 +42,7 @@ class ModuleSource:
     sections: dict[str, str]          # "Idea" -> its text, "Map" -> its lines without their indent
     config: list[Field]
     functions: list[Function]
-    lines: dict[str, int]             # "apply", "OFF" or "_Merge.image" -> line of its definition
+    lines: dict[str, int]             # what it defines, by `definitions`
 
     @property
     def map(self) -> list[MapRow]:
@@ -82,18 +82,23 @@ def parse(text: str) -> ModuleSource:
     tree = ast.parse(text)
     doc = ast.get_docstring(tree) or ""
     config = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config"), None)
-    lines = {}
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            lines[node.name] = node.lineno
-        if isinstance(node, ast.ClassDef):
-            lines |= {f"{node.name}.{part.name}": part.lineno for part in node.body
-                      if isinstance(part, ast.FunctionDef)}
-        elif isinstance(node, ast.Assign):
-            lines |= {target.id: node.lineno for target in node.targets if isinstance(target, ast.Name)}
     functions = [Function(node.name, _signature(node), ast.get_docstring(node) or "") for node in tree.body
                  if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
-    return ModuleSource(text, doc, _sections(doc), _fields(config, text) if config else [], functions, lines)
+    return ModuleSource(text, doc, _sections(doc), _fields(config, text) if config else [], functions, definitions(tree))
+
+
+def definitions(tree: ast.Module | ast.ClassDef) -> dict[str, int]:
+    """What a module defines, and its classes: "apply", "OFF" or "_Merge.image" -> line."""
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = node.lineno
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{name}": line for name, line in definitions(node).items()}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {name.id: node.lineno for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return found
 
 
 def _sections(doc: str) -> dict[str, str]:
