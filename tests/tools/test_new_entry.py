@@ -1,7 +1,11 @@
 """A new method starts as three files that ask, one by one, for what is missing."""
+import subprocess
+import sys
+
 import pytest
 
 from accel_tools import new_entry
+from accel_tools.catalog import ROOT
 from accel_tools.catalog.schema import Kind
 from accel_tools.check_catalog import check
 
@@ -58,6 +62,19 @@ def test_filled_entry_leads_to_the_code(toy):
 
 
 @pytest.mark.parametrize("kind", Kind.__args__)
+def test_skeletons_are_as_the_linter_wants_them(toy, kind):
+    """With a title and a list of authors that need several lines."""
+    authors = "; ".join(f"Given{'abcdefghijkl'[i]} Familyname{i}" for i in range(12))
+    flags = ["--title", "A Title of many Words, " * 8 + "more", "--authors", authors, "--year", "2025", "--arxiv", "2503.00010"]
+    assert start(toy, *flags, slug="a_method_with_a_long_slug", kind=kind) == 0
+    files = [path for path in toy.rglob("*a_method_with_a_long_slug.py")]
+    command = [sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "pyproject.toml"), *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert len(files) == 2 and done.returncode == 0, done.stdout
+    assert not [problem for problem in check(toy)[0] if "docstring must" in problem.message]
+
+
+@pytest.mark.parametrize("kind", Kind.__args__)
 def test_skeletons_are_python(toy, kind):
     assert start(toy, *FLAGS, "--arxiv", "2503.00010", kind=kind) == 0
     assert ("claims:" in (toy / FILES[0]).read_text()) == (kind != "patch")
@@ -79,9 +96,68 @@ def test_nothing_is_overwritten(toy, there, capsys):
     assert (toy / there).read_text() == "mine" and sum((toy / path).exists() for path in FILES) == 1
 
 
+def test_a_pending_method_is_its_entry_alone(toy, capsys):
+    assert start(toy, *FLAGS, "--arxiv", "2503.00010", "--pending", kind="training") == 0
+    assert [path for path in FILES if (toy / path).exists()] == FILES[:1] and "pending: true" in (toy / FILES[0]).read_text()
+    assert {str(problem).split(":")[0] for problem in check(toy)[0]} == {FILES[0]}
+
+
+@pytest.mark.parametrize(("text", "names"), [
+    ("Ann B. Cee; van de Weijer, Joost", ["Ann B.|Cee", "Joost|van de Weijer"]),
+    ("Ann Bee, Carl Dee", ["Ann|Bee", "Carl|Dee"]),
+    ("Ann Bee, Carl Dee and Eve Fee", ["Ann|Bee", "Carl|Dee", "Eve|Fee"]),
+    ("Ann Bee, Carl Dee, and Eve Fee", ["Ann|Bee", "Carl|Dee", "Eve|Fee"]),
+    ("Ann Bee and Carl Dee", ["Ann|Bee", "Carl|Dee"]),
+    ("Bee, Ann and van de Weijer, Joost", ["Ann|Bee", "Joost|van de Weijer"]),
+    ("Bee, Ann", ["Ann|Bee"]), ("Joost van de Weijer", ["Joost|van de Weijer"]), ("Meta", ["None|Meta"]),
+    ("Ann Bee & Carl Dee;", ["Ann|Bee", "Carl|Dee"]), ("Sandra Alland", ["Sandra|Alland"]),
+])
+def test_forms_of_authors(text, names):
+    assert [f"{each['given']}|{each['family']}" for each in new_entry.from_names(text)] == names
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("Ann Bee et al.", "name all authors, not 'et al.'"), ("Ann Bee and others", "name all authors, not 'and others'"),
+    ("Bee, Dee, Fee", "can be read in several ways; part the authors with ';'")])
+def test_authors_that_cannot_be_told(toy, text, message, capsys):
+    assert start(toy, "--title", "T", "--authors", text, "--year", "2025", "--arxiv", "2503.00010") == 1
+    assert message in capsys.readouterr().err and not (toy / FILES[0]).exists()
+
+
+@pytest.mark.parametrize(("lines", "wanted"), [
+    ("booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition}, doi = {10.1234/x}",
+     ['venue: "CVPR"']),
+    ("eprint = {0704.0001}", ['arxiv: "0704.0001"', 'since: "2007-04"']),
+    ("eprint = {math/9811001}", ['arxiv: "math/9811001"', 'since: "1998-11"']),
+    ("journal = {arXiv preprint arXiv:2503.00010v2}", ['arxiv: "2503.00010v2"', 'venue: "arXiv"']),
+    ("url = {http://arxiv.org/abs/2503.00010}", ['arxiv: "2503.00010"']),
+    ("doi = {10.48550/arXiv.2503.00010}", ['arxiv: "2503.00010"']),
+    ("url = {https://doi.org/10.1609/aaai.v39i9.33071}", ['doi: "10.1609/aaai.v39i9.33071"', 'since: "FILL: first']),
+    ("url = {https://openreview.net/forum?id=Jt1gGIumJo}", ['openreview: "Jt1gGIumJo"']),
+])
+def test_what_bibtex_says_otherwise(toy, tmp_path, lines, wanted):
+    (tmp_path / "x.bib").write_text("@misc{x, title={T}, author={Ann Bee and Carl Dee}, year={2025}, " + lines + "}")
+    assert start(toy, "--bibtex", str(tmp_path / "x.bib")) == 0
+    entry, module = (toy / FILES[0]).read_text(), (toy / FILES[1]).read_text()
+    assert [line for line in wanted if line not in entry] == [] and "None" not in module.split("from __future__")[0]
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--arxiv", "2001.10002"], "--arxiv: '2001.10002' is already used at catalog/entries/method_2.yaml:"),
+    (["--arxiv", "https://arxiv.org/abs/2001.10002v1"], "--arxiv: '2001.10002v1' is already used"),
+    (["--doi", "10.48550/arXiv.2001.10002"], "is already used at catalog/entries/method_2.yaml:"),
+    (["--venue", "Nowhere", "--arxiv", "2503.00010"], "--venue: 'Nowhere' is no venue of catalog/vocab.yaml"),
+    ([], "needs one of arxiv, openreview, doi, url"),
+])
+def test_what_the_checker_would_refuse_is_not_written(toy, flags, message, capsys):
+    assert start(toy, *FLAGS, *flags) == 1
+    assert message in capsys.readouterr().err and not (toy / FILES[0]).exists()
+
+
 @pytest.mark.parametrize(("slug", "flags", "message"), [
     ("Fast-X", FLAGS, "--slug: 'Fast-X' must be lower-case letters"),
     ("../x", FLAGS, "--slug: '../x' must be"),
+    ("class", FLAGS, "--slug: 'class' is a word of Python"),
     ("fast_x", FLAGS[:4], "--year: Field required"),
     ("fast_x", ["--title", "T", "--year", "2025"], "--authors: Field required"),
     ("fast_x", [*FLAGS, "--arxiv", "hello"], "--arxiv: must be a quoted arXiv id"),

@@ -89,8 +89,8 @@ def read(root: Path = ROOT) -> Reading:
         entry, data = read_file(path, Entry)
         if entry:
             entries[path.stem] = entry
-        elif draft := _draft(data):
-            drafts[path.stem] = draft
+        elif sketch := draft(data):
+            drafts[path.stem] = sketch
     for slug, entry in [*entries.items(), *drafts.items()]:
         entry._slug = slug
     catalog = None
@@ -100,7 +100,7 @@ def read(root: Path = ROOT) -> Reading:
     return Reading(catalog, sorted(problems), slugs, drafts)
 
 
-def _draft(data: Any) -> Entry | None:
+def draft(data: Any) -> Entry | None:
     """An entry whose name, kind and papers are sound, the rest made up where it is not."""
     if not isinstance(data, dict):
         return None
