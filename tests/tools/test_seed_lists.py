@@ -2,12 +2,14 @@
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from accel_tools import render_readme
-from accel_tools.catalog import load
+from accel_tools.catalog import ROOT, CatalogError, load
+from accel_tools.measure.growth import ENTRY
 from accel_tools.pages.lists import render_list
 
 HASHES = json.loads(Path(__file__).with_name("seed_hashes.json").read_text())
@@ -51,7 +53,27 @@ def test_corrected_rows_keep_their_places():
     for name, spec in CATALOG.lists.items():
         ids = [section.id for section in spec.sections]
         corrected = pieces(render_list(CATALOG, name), name, ids)
-        assert list(corrected) == [place for place in HASHES if place.startswith(f"{name}/")]
+        assert [place for place in corrected if place in HASHES] == [place for place in HASHES if place.startswith(f"{name}/")]
+
+
+def test_a_new_paper_goes_behind_the_last_row_of_a_source(tmp_path):
+    shutil.copytree(ROOT / "catalog", tmp_path / "catalog")
+    row = max(row.rank for _, row in CATALOG.rows("token-wise", "video")) + 1
+    entry = ENTRY.format(i=row, arxiv="2503.00010", authors="      - {family: Newcomer}").split("errata:")[0]
+    file = tmp_path / "catalog/entries/newcomer.yaml"
+    file.write_text(re.sub("rows: .*", f"rows: [{{in: token-wise/video, rank: {row}}}]", entry))
+    catalog = load(tmp_path)
+    text = render_list(catalog, "token-wise")
+    assert f"- **[{row}] Made-up Method" in text and text.endswith("Added since, at the end of their sections: 1.\n")
+    as_seed = render_list(catalog, "token-wise", as_seed=True)
+    assert as_seed == render_list(CATALOG, "token-wise", as_seed=True)
+    erratum = f"{{list: token-wise/video, row: {row}, field: venue, seed: a, corrected: b, reason: c, evidence: d}}"
+    file.write_text(f"{file.read_text()}errata: [{erratum}]\n")
+    with pytest.raises(CatalogError, match=f"errata.0: row {row} of token-wise/video is none of its source's"):
+        load(tmp_path)
+    file.write_text(entry.split("rows:")[0] + f"rows: [{{in: token-wise/video, rank: {row + 1}}}]\n")
+    with pytest.raises(CatalogError, match=f"no entry stands at {row} of token-wise/video"):
+        load(tmp_path)
 
 
 def test_known_errors_of_the_sources_are_gone():

@@ -31,7 +31,7 @@ def problems_of(catalog: Catalog, slugs: set[str], complete: bool) -> Iterator[P
     yield from _vocabulary_rules(catalog)
     yield from paper_problems(catalog)
     places: dict[tuple[str, int], tuple[str, int]] = {}
-    sections = {f"{name}/{s.id}" for name, spec in catalog.lists.items() for s in spec.sections}
+    sections = {f"{name}/{s.id}": s for name, spec in catalog.lists.items() for s in spec.sections}
     for slug, entry in catalog.entries.items():
         file = entry_file(slug)
 
@@ -56,11 +56,14 @@ def problems_of(catalog: Catalog, slugs: set[str], complete: bool) -> Iterator[P
                 yield Problem(file, line, f"rows.{i}: {row.place} already has number {row.rank} at {other}:{row_line}")
             else:
                 places[spot] = (file, line)
-        spots = {(row.place, row.rank) for row in entry.rows}
+        spots = {(row.place, row.rank) for row in entry.rows if row.place in sections}
         told = set()
         for i, erratum in enumerate(entry.errata):
             if (erratum.place, erratum.row) not in spots:
                 message = f"errata.{i}: this entry has no row {erratum.row} in {erratum.place}"
+                yield Problem(file, at("errata", i), message)
+            elif erratum.row > sections[erratum.place].source_rows:
+                message = f"errata.{i}: row {erratum.row} of {erratum.place} is none of its source's, which alone have errata"
                 yield Problem(file, at("errata", i), message)
             if (mark := (erratum.place, erratum.row, erratum.field)) in told:
                 yield Problem(file, at("errata", i), f"errata.{i}: {erratum.field} of this row is corrected twice")

@@ -270,6 +270,7 @@ class Vocab(Strict):
 
 class Section(Strict):
     id: Term
+    source_rows: Annotated[int, Field(ge=0)] = 0      # how many rows its source has; those behind them are our own
     text: str                         # Markdown above the first row: heading and intro
 
 

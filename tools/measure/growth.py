@@ -6,6 +6,7 @@ Every made-up entry has a module and a test, as a real one has; the numbers incl
 """
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import time
@@ -105,7 +106,9 @@ def synthetic(n: int, root: Path) -> None:
     for folder in ("catalog/entries", "methods", "tests/methods"):
         (root / folder).mkdir(parents=True)
     shutil.copy(ROOT / "catalog/vocab.yaml", root / "catalog")
-    shutil.copytree(ROOT / "catalog/lists", root / "catalog/lists")
+    (root / "catalog/lists").mkdir()
+    for path in (ROOT / "catalog/lists").glob("*.yaml"):
+        (root / "catalog/lists" / path.name).write_text(re.sub(r"source_rows: \d+", f"source_rows: {n}", path.read_text()))
     (root / "README.md").write_text(f"# Made up\n{BEGIN}\n{END}\n")
     body = "".join(FUNCTION.format(j=j) for j in range(12))
     for i in range(1, n + 1):
