@@ -3,6 +3,8 @@ import warnings
 
 import torch
 
+import accel_tools  # noqa: F401  (tests this tree, whatever the interpreter has installed)
+
 os.environ.setdefault("TRITON_INTERPRET", "1")          # before anything imports triton: kernels run on the CPU here
 
 warnings.filterwarnings("ignore", message=".*should be kept in float32.*")
@@ -10,7 +12,7 @@ torch.set_num_threads(1)          # tests run in parallel processes
 
 
 SLOW = ("test_contract", "core/test_compile.py", "site/test_site.py", "test_compile_kernels.py", "mutat",
-        "test_imports_do_without", "test_compatibility.py", "test_pairs.py", "test_examples.py", "test_train", "test_bench")
+        "test_imports_do_without", "test_compatibility.py", "test_pairs.py", "test_examples.py", "test_train", "test_bench", "test_pytest.py")
 
 
 def pytest_configure(config):
