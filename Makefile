@@ -16,15 +16,14 @@ run: $(TOOLS)            ## check, render, generate, build the site and serve it
 	else $(BIN)/python tools/serve.py; fi
 
 test: $(TESTS)           ## everything
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --cov --cov-report=term
 
 test-fast: $(TESTS)      ## what needs no pipeline, browser or compiler
 	$(BIN)/python -m pytest -q -n 2 -m "not slow" -x
 
-check: $(TESTS)          ## catalogue, generated files, style
-	$(BIN)/python tools/check_catalog.py
-	$(BIN)/python tools/render_readme.py --check
-	$(BIN)/ruff check .
+check: $(TESTS) build/types   ## catalogue, generated files, style, types: all that is wrong, in one round
+	@failed=0; for command in "python tools/check_catalog.py" "ruff check ." mypy; do $(BIN)/$$command || failed=1; done; \
+	exit $$failed
 
 lists: $(TOOLS)          ## README summary and the two lists
 	$(BIN)/python tools/render_readme.py
@@ -39,7 +38,12 @@ bench: $(TESTS)
 	$(BIN)/python tools/bench.py
 
 clean:
-	rm -rf build .venv
+	rm -rf build .venv .mypy_cache
+
+build/types:             # the packages by the names they are imported by
+	mkdir -p $@
+	ln -s ../../methods $@/methods
+	ln -s ../../kernels $@/accel_kernels
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "genaccel needs Python 3.11 or newer; this is " + sys.version.split()[0])'

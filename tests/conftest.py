@@ -12,7 +12,8 @@ torch.set_num_threads(1)          # tests run in parallel processes
 
 
 SLOW = ("test_contract", "core/test_compile.py", "site/test_site.py", "test_compile_kernels.py", "mutat",
-        "test_imports_do_without", "test_compatibility.py", "test_pairs.py", "test_examples.py", "test_train", "test_bench", "test_pytest.py")
+        "test_imports_do_without", "test_compatibility.py", "test_pairs.py", "test_examples.py", "test_train", "test_bench",
+        "test_pytest.py")
 
 
 def pytest_configure(config):

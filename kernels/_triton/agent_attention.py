@@ -71,6 +71,6 @@ def agent_attention(
         lse = torch.empty(batch, heads, runs, agents, dtype=torch.float32, device=q.device)
         _agents_read_fwd_kernel[grid](a, k, v, part, lse, agents, tokens, scale, span, **constants)
         gathered = (part * lse.softmax(2)[..., None]).sum(2).to(q.dtype)
-        grid = (triton.cdiv(tokens, constants["BN"]), batch * heads)
-        _queries_read_fwd_kernel[grid](q, a, gathered, v, out, tokens, agents, sharp, shortcut, **constants)
+        tiles = (triton.cdiv(tokens, constants["BN"]), batch * heads)
+        _queries_read_fwd_kernel[tiles](q, a, gathered, v, out, tokens, agents, sharp, shortcut, **constants)
     return out

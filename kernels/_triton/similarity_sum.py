@@ -54,6 +54,6 @@ def similarity_sum(x: torch.Tensor) -> torch.Tensor:
         part = torch.empty(batch, strips, channels, dtype=torch.float32, device=x.device)
         grid = (strips, triton.cdiv(channels, SUM["BC"]), batch)
         _unit_sum_fwd_kernel[grid](x, norm, part, length, channels, STRIP=STRIP, **SUM)
-        grid = (triton.cdiv(length, DOT["BN"]), batch)
-        _unit_dot_fwd_kernel[grid](x, norm, part.sum(1), score, length, channels, **DOT)
+        tiles = (triton.cdiv(length, DOT["BN"]), batch)
+        _unit_dot_fwd_kernel[tiles](x, norm, part.sum(1), score, length, channels, **DOT)
     return score
