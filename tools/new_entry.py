@@ -31,12 +31,12 @@ from accel_tools.catalog.schema import Kind, Paper, Vocab
 from accel_tools.pages.text import environment, write
 
 SIGNATURES = {
-    "patch": "def apply(pipe_or_model, config: Config = Config()) -> Patch:",
-    "decoder": "def generate(model, prompt, config: Config = Config()):",
+    "patch": "def apply(target: Any, config: Config = Config()) -> Patch:",
+    "decoder": "def generate(model: Any, prompt: Tensor, config: Config = Config()) -> Tensor:",
     "module": "def build(config: Config = Config()) -> nn.Module:",
-    "training": "def loss(model, batch, config: Config = Config()):",
-    "compress": "def compress(model, config: Config, batches) -> nn.Module:",
-    "parallel": "def apply(model, group, config: Config = Config()) -> Patch:",
+    "training": "def loss(model: nn.Module, batch: Tensor, config: Config = Config()) -> Tensor:",
+    "compress": "def compress(model: nn.Module, config: Config, batches: Iterable[Tensor]) -> nn.Module:",
+    "parallel": "def apply(target: Any, group: Any, config: Config = Config()) -> Patch:",
 }
 ARXIV = re.compile(r"arxiv(?:\.org/(?:abs|pdf)/|[:.\s]+)((?:\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/\d{7})(?:v[1-9]\d*)?)\b",
                    re.I)

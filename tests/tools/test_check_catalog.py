@@ -44,6 +44,8 @@ def test_toy_is_sound(toy):
                  id="diffusers"),
     pytest.param(MODULE, "OFF = ", "\n" * 400 + "OFF = ", f"{MODULE}:351: has ", id="length"),
     pytest.param(MODULE, '"""Method 2', '"Method 2"\nX = """', "the part 'Idea' is missing", id="docstring of a line"),
+    pytest.param(MODULE, "def apply(model: list,", "def apply(model,", ": apply: say the type of model", id="argument's type"),
+    pytest.param(MODULE, ") -> float:", "):", "merge_0: say the type of what it returns", id="result's type"),
     pytest.param(TEST, "contract.cases", "print", f"{TEST}:1: does not call the contract", id="contract"),
     pytest.param(TEST, "import contract", "import numpy as contract", "does not call the contract", id="other contract"),
     pytest.param(TEST, "    assert", "    print(1)\n    assert", f"{TEST}:7: print() is left in", id="print in the test"),

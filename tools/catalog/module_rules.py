@@ -45,6 +45,7 @@ def file_problems(source: Source, slug: str, kind: str | None, path: Path) -> It
     yield from unfilled(file, text)
     yield from _left_in(file, text, source.tree(path))
     yield from _config_problems(file, source.tree(path), text)
+    yield from _untyped(file, source.tree(path))
     if (length := len(text.splitlines())) > LONGEST:
         yield Problem(file, LONGEST + 1, f"has {length} lines; at most {LONGEST} can be read in one sitting: shorten it, or "
                                          "move what other methods need too to methods/_core")
@@ -187,6 +188,16 @@ def _left_in(file: str, text: str, tree: ast.Module) -> Iterator[Problem]:
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("print", "breakpoint"):
                 yield Problem(file, node.lineno, f"{node.func.id}() is left in")
+
+
+def _untyped(file: str, tree: ast.Module) -> Iterator[Problem]:
+    """The package says that it is typed, so every public function of it must be."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            every = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            missing = [each.arg for each in every if each.annotation is None] + ["what it returns"] * (node.returns is None)
+            if missing:
+                yield Problem(file, node.lineno, f"{node.name}: say the type of {', '.join(missing)}")
 
 
 def _config_problems(file: str, tree: ast.Module, text: str) -> Iterator[Problem]:

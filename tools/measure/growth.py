@@ -81,7 +81,7 @@ class Config:
 OFF = Config(ratio=0.0)
 {body}
 
-def apply(model, config: Config = Config()):
+def apply(model: list, config: Config = Config()) -> float:
     return merge_0(model, config.ratio)
 '''
 TEST = """import contract
@@ -94,7 +94,7 @@ def test_contract():
 """
 FUNCTION = '''
 
-def merge_{j}(x, r):
+def merge_{j}(x: list, r: float) -> float:
     """Eq. {j}: keeps what is alike. (B, N, C) -> (B, N - r, C)"""
     kept = [token for token in x if token.weight > r]
     return sum(token.value * token.weight for token in kept) / max(len(kept), 1)
