@@ -4,9 +4,11 @@ SERVE ?= 1
 BIN := .venv/bin
 TOOLS := .venv/tools.stamp
 TESTS := .venv/tests.stamp
+LOWEST := import tomllib; needed = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
+	print(*(each.split(";")[0].replace(">=", "==") for each in needed if ">=" in each), sep="\n")
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: run test test-fast check lists site report bench clean
+.PHONY: run test test-fast test-all test-lowest check lists site report bench clean
 
 run: $(TOOLS)            ## check, render, generate, build the site and serve it (SERVE=0: only build)
 	$(BIN)/python tools/check_catalog.py --fix
@@ -20,6 +22,14 @@ test: $(TESTS)           ## everything
 
 test-fast: $(TESTS)      ## what needs no pipeline, browser or compiler
 	$(BIN)/python -m pytest -q -n 2 -m "not slow" -x
+
+test-all: test           ## every check on every cell; the nightly run
+
+test-lowest:             ## test-fast on the oldest versions that pyproject.toml allows, in an environment of its own
+	$(PYTHON) -m venv build/lowest
+	$(PYTHON) -c '$(LOWEST)' > build/lowest.txt
+	build/lowest/bin/pip install --quiet --disable-pip-version-check --constraint build/lowest.txt --editable '.[tools,test]'
+	build/lowest/bin/python -m pytest -q -n 2 -m "not slow"
 
 check: $(TESTS) build/types   ## catalogue, generated files, style, types: all that is wrong, in one round
 	@failed=0; for command in "python tools/check_catalog.py" "ruff check ." mypy; do $(BIN)/$$command || failed=1; done; \
