@@ -1,6 +1,7 @@
 # Everything runs in .venv, made from constraints.txt on first use.
 PYTHON ?= python3
 SERVE ?= 1
+COV ?= --cov --cov-report=term
 BIN := .venv/bin
 TOOLS := .venv/tools.stamp
 TESTS := .venv/tests.stamp
@@ -18,7 +19,7 @@ run: $(TOOLS)            ## check, render, generate, build the site and serve it
 	else $(BIN)/python tools/serve.py; fi
 
 test: $(TESTS)           ## everything
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal --cov --cov-report=term
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(COV)
 
 test-fast: $(TESTS)      ## what needs no pipeline, browser or compiler
 	$(BIN)/python -m pytest -q -n 2 -m "not slow" -x

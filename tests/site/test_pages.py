@@ -139,11 +139,11 @@ def test_a_broken_catalogue_writes_nothing_and_stops_mkdocs(tmp_path, capsys):
         mkdocs_hook.on_files([], MkDocsConfig(config_file_path=str(root / "mkdocs.yml")))
 
 
-def test_real_catalogue_is_read_and_rendered_in_ten_seconds():
-    start = time.process_time()                      # of this process: other load does not count
+def test_real_catalogue_is_read_and_rendered_in_twenty_seconds():
+    start = time.process_time()              # of this process: other load does not count; coverage takes half of it
     site = read()
     made = pages(site)
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 20
     assert {f"methods/{slug}.md" for slug in site.catalog.entries} <= made.keys()
 
 

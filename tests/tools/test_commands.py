@@ -52,4 +52,4 @@ def test_a_new_process_keeps_to_the_tree(other):
                                           "def told():\n    return allowed.__code__.co_filename\n"
                                           "if __name__ == '__main__':\n    print(in_fresh_process(told))\n")
     done = run(other / "tools/where.py")
-    assert done.stdout.strip() == str(other / "tools/catalog/rules.py"), done.stderr
+    assert done.stdout.strip() == str(other / "tools/catalog/entries.py"), done.stderr
