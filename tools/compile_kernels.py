@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
 
+import accel_tools  # noqa: F401  (so that the kernels are those of this tree)
+
 os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel has nothing to compile
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9's own default, which it warns about when unset
 

@@ -1,4 +1,5 @@
 """Commands run as files and as modules, and act on the tree they lie in."""
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,12 @@ def test_methods_and_kernels_are_those_of_the_same_tree(other):
     done = run(other / "tools/where.py")
     assert done.stdout.split() == [str(other / path) for path in
                                    ("tools/catalog/__init__.py", "kernels/rows.py", "methods/method_1.py")], done.stderr
+
+
+def test_a_command_imports_its_own_tree_first():
+    for path in (ROOT / "tools").glob("*.py"):
+        found = re.findall(r"^(?:from|import) (accel_tools|accel_kernels|methods)\b", path.read_text(), re.M)
+        assert not found or found[0] == "accel_tools", path
 
 
 def test_a_new_process_keeps_to_the_tree(other):
