@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel_tools.zoo.pictures import row, sheet
-from accel_tools.zoo.recipes import ar, dit, emoji, judges, method, video
 from accel_tools.measure.records import rounded
 from accel_tools.measure.tasks import TASKS
+from accel_tools.zoo.pictures import row, sheet
+from accel_tools.zoo.recipes import ar, dit, emoji, judges, method, video
 from accel_tools.zoo.training import ROOT, Trained, write_card
 from methods._zoo import card
 

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 import methods
+from accel_tools.measure.tasks import TASKS
 from accel_tools.zoo import digits, train_zoo
 from accel_tools.zoo.recipes import method
-from accel_tools.measure.tasks import TASKS
 from methods import dydit
 
 

@@ -1,9 +1,10 @@
-"""What two methods are measured by besides the protocol of all: DaTo's plans are searched for, and ToMe's binding is judged.
+"""What some methods are measured by besides the protocol of all: DaTo's plans are searched for, ToMe's binding is judged, and
+TiTok's tokenizers are compared by their number of tokens.
 
-    python tools/bench.py --studies [--method dato tome_binding]      adds them to catalog/results/<slug>.json
+    python tools/bench.py --studies [--method dato tome_binding titok]      adds them to catalog/results/<slug>.json
 
-Both run on the bundled UNet of emoji. A study is a table: {title, note, columns, rows} with its settings and where it comes
-from; `code_hash` says of which code.
+The first two run on the bundled UNet of emoji, the last on digits. A study is a table: {title, note, columns, rows} with its
+settings and where it comes from; `code_hash` says of which code.
 """
 from __future__ import annotations
 
@@ -15,14 +16,19 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+import methods
 from accel_tools.measure.arms import Arm
 from accel_tools.measure.macs import count_macs
 from accel_tools.measure.quality import nearest_emoji, psnr
 from accel_tools.measure.records import code_hash_of, provenance
 from accel_tools.measure.tasks import TASKS
-from methods import dato, tome_binding
+from accel_tools.zoo import digits
+from accel_tools.zoo.recipes import titok as of_tokens
+from accel_tools.zoo.training import CHECKPOINTS
+from methods import dato, titok, tome_binding
 from methods._zoo import card
 
 TASK = TASKS["unet"]
@@ -147,8 +153,34 @@ def prompt_binding(folder: Path, *, samples: int = 2) -> dict[str, Any]:
                      for name, found in right.items()]}
 
 
-STUDIES = {"dato": plan_search, "tome_binding": prompt_binding}
+def token_counts(folder: Path) -> dict[str, Any]:
+    """Reconstruction and generation by the number of tokens. Needs the checkpoints of `train_zoo.py --method titok`."""
+    images, labels = digits.split(held_out=True)
+    grid = of_tokens.of_grid(images)
+    rows = [["128 means of patches", 64, 64 * 7, None, grid["mse"], grid["psnr"], *[None] * len(of_tokens.SAMPLED)]]
+    for name, config in titok.TRAINED.items():
+        model = titok.build(config)
+        states = [torch.load(CHECKPOINTS / f"{name}-{stage}.ckpt", map_location="cpu")["averaged"] for stage in (0, 1)]
+        moved = {key.split(".")[0] for key, value in states[0].items() if not torch.equal(value, states[1][key])}
+        if moved != set(titok.STAGES["pixels"]):
+            raise RuntimeError(f"tuning {name} on pixels changed {', '.join(sorted(moved))}")
+        model.load_state_dict(states[0])
+        before = of_tokens.reconstruction(model, images[1000:])["mse"]
+        titok.load(model, methods.weights(name))
+        found = of_tokens.metrics(model, images, labels)
+        rows.append([name, config.tokens, config.tokens * (config.codes - 1).bit_length(), before, found["mse"], found["psnr"],
+                     *found["label_accuracy"].values()])
+    return {"model": "digits", "title": "Digits by the number of tokens",
+            "note": "Squared error in [0, 1] over 1,000 digits that nothing was trained on, after the stage of proxy codes and "
+                    "after the decoder was tuned on pixels, which left encoder, latents and codebook as they were to the bit; "
+                    f"then the share of {of_tokens.SAMPLES} generated digits in which a judge sees the one asked for, by the "
+                    "number of steps. The first row is the grid tokenizer whose codes are the proxy.",
+            "columns": ["Tokenizer", "Tokens", "Bits an image", "Error, proxy stage", "Error", "PSNR (dB)",
+                        *[f"Right in {n} step{'s' * (n > 1)}" for n in of_tokens.SAMPLED]], "rows": rows}
+
+
+STUDIES = {"dato": plan_search, "tome_binding": prompt_binding, "titok": token_counts}
 
 
 def study(slug: str, folder: Path) -> dict[str, Any]:
-    return STUDIES[slug](folder) | {"model": TASK.model} | provenance(slug)
+    return {"model": TASK.model} | STUDIES[slug](folder) | provenance(slug)

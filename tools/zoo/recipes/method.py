@@ -6,16 +6,17 @@ import json
 from dataclasses import asdict
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
 import methods
-from accel_tools.zoo import digits
 from accel_tools.measure.macs import count_macs, equal_cost_steps
 from accel_tools.measure.records import hardware, rounded
 from accel_tools.measure.tasks import TASKS
+from accel_tools.zoo import digits
 from accel_tools.zoo.training import CHECKPOINTS, Run, batch, device, train
 from methods import _trained
 from methods._core import learning
@@ -29,10 +30,16 @@ def names(slug: str) -> list[str]:
     return list(module.TRAINED)
 
 
+def recipe(slug: str) -> ModuleType:
+    """What has `training` and `metrics` of a method: its own module, or tools/recipes/<slug>.py beside one that is full."""
+    module = import_module(f"methods.{slug}")
+    return module if hasattr(module, "training") else import_module(f"accel_tools.zoo.recipes.{slug}")
+
+
 def train_method(slug: str, name: str, seed: int, scale: float, command: str) -> dict[str, Any]:
     """Train `name` of TRAINED stage by stage and write its weights and its card, which is returned."""
-    module = import_module(f"methods.{slug}")
-    config = module.TRAINED[name]
+    module = recipe(slug)
+    config = import_module(f"methods.{slug}").TRAINED[name]
     x, y = digits.split(held_out=False)
     torch.manual_seed(seed)
     history, stages = [], []
@@ -51,7 +58,8 @@ def train_method(slug: str, name: str, seed: int, scale: float, command: str) ->
     path = _trained.FOLDER / f"{name}.safetensors"
     learning.save(stage.model, path, torch.float16)
     card = {"name": name, "method": slug, "config": asdict(config), "command": command, "seed": seed, "stages": stages,
-            "data": f"npm {digits.PACKAGE}: 8,000 training images, zero-padded to 32x32; from the bundled dit",
+            "data": f"npm {digits.PACKAGE}: 8,000 training images, zero-padded to 32x32; "
+                    + getattr(module, "DATA", "from the bundled dit"),
             "hardware": hardware(), "torch": torch.__version__, "bytes": path.stat().st_size,
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "metrics": {}, "loss": history}
     write(card)
@@ -67,10 +75,10 @@ def metrics(slug: str, name: str, n: int, seed: int = 0) -> dict[str, Any]:
     one, else by `n` images of the converted DiT beside plain ones, of as many steps and of as many as cost the same."""
     module = import_module(f"methods.{slug}")
     config = module.TRAINED[name]
-    if hasattr(module, "metrics"):
+    if hasattr(recipe(slug), "metrics"):
         model = module.build(config)
         learning.load(model, _trained.weights(name))
-        return rounded(module.metrics(model, *digits.split(held_out=True)))
+        return rounded(recipe(slug).metrics(model, *digits.split(held_out=True)))
     task, converted = TASKS["dit"], module.convert(methods.tiny("dit").transformer, config)
     learning.load(converted, _trained.weights(name))
     rows = {"plain": drawn(n, task.steps, seed), slug: drawn(n, task.steps, seed, converted)}
