@@ -20,9 +20,10 @@ Map
 
 Departures
     Stage 2 has the squared error alone. The paper adds a perceptual term and a patch discriminator, networks apart from the
-    tokenizer. The grid tokenizer's decoder is an argument of `build`; without one it paints each place by itself, linearly.
-    The generator is BERT without dropout, which torch would draw from the global generator. That of TiTok-S-128, a U-ViT,
-    is not here.
+    tokenizer. The proxy codes train in it too, as in the official code. The grid tokenizer's decoder is an argument of
+    `build`; without one it paints each place by itself, linearly.
+    The generator is BERT without dropout, which torch would draw from the global generator; the U-ViT of TiTok-S-128 is not
+    here. Linear layers start as torch starts them, not from a normal of 0.02, whose scale suits the paper's widths.
     The released two-stage weights read the latents (B, K, w) as (B, w, K) without a transpose, so that channels and tokens
     mix. Here they keep their channels; `legacy` is the mixed reading, for those weights.
     The official sampler masks more tokens than its schedule says where confidences are equal, and runs the unconditional

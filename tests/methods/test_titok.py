@@ -1,3 +1,5 @@
+import hashlib
+import json
 import math
 from dataclasses import replace
 
@@ -5,8 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contracts import module
+from safetensors.torch import load_file
 
+import methods
 from methods import titok
+from methods._zoo import load_judge
 
 TINY = titok.TINY
 RANDOM = torch.Generator().manual_seed(4)
@@ -271,3 +276,38 @@ def test_bad_inputs_are_named():
     for stage, target in (("proxy", None), ("generator", LABELS), ("pixel", IMAGES)):
         with pytest.raises(ValueError, match=f"stage='{stage}' must be one of proxy, pixels, generator"):
             titok.loss(model, stage, IMAGES, target)
+
+
+# ---- the bundled weights -----------------------------------------------------------------------------------------------
+
+@pytest.fixture(params=list(titok.TRAINED))
+def bundled(request):
+    """A trained model, and its card."""
+    path, model = methods.weights(request.param), titok.build(titok.TRAINED[request.param])
+    titok.load(model, path)
+    return model.eval(), json.loads(path.with_suffix(".json").read_text()), path
+
+
+def test_card_and_weights_agree(bundled):
+    model, card, path = bundled
+    assert titok.Config(**card["config"]) == model.config and [stage["steps"] for stage in card["stages"]]
+    assert card["bytes"] == path.stat().st_size <= 4 * 2 ** 20
+    assert card["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
+    for losses in card["loss"]:
+        assert losses[-1][1] < losses[0][1]
+
+
+@torch.no_grad()
+def test_the_digits_asked_for_are_drawn(bundled):
+    model, card, _ = bundled
+    labels = torch.arange(50) % 10
+    images = model.decode(titok.generate(model, labels, torch.Generator().manual_seed(1)))
+    right = float((load_judge()(images).argmax(-1) == labels).double().mean())
+    assert right >= 0.6 and abs(right - card["metrics"]["label_accuracy"][str(model.config.steps)]) < 0.25
+
+
+def test_more_tokens_rebuild_better():
+    cards = [json.loads(methods.weights(name).with_suffix(".json").read_text()) for name in titok.TRAINED]
+    found = [(card["metrics"]["tokens"], card["metrics"]["mse"]) for card in cards]
+    assert found == sorted(found) and [mse for _, mse in found] == sorted((mse for _, mse in found), reverse=True)

@@ -156,8 +156,9 @@ def prompt_binding(folder: Path, *, samples: int = 2) -> dict[str, Any]:
 def token_counts(folder: Path) -> dict[str, Any]:
     """Reconstruction and generation by the number of tokens. Needs the checkpoints of `train_zoo.py --method titok`."""
     images, labels = digits.split(held_out=True)
-    grid = of_tokens.of_grid(images)
-    rows = [["128 means of patches", 64, 64 * 7, None, grid["mse"], grid["psnr"], *[None] * len(of_tokens.SAMPLED)]]
+    grid, first = of_tokens.of_grid(images), next(iter(titok.TRAINED.values()))
+    rows = [[f"{first.proxy_codes} means of patches", first.side ** 2, first.side ** 2 * (first.proxy_codes - 1).bit_length(),
+             None, grid["mse"], grid["psnr"], *[None] * len(of_tokens.SAMPLED)]]
     for name, config in titok.TRAINED.items():
         model = titok.build(config)
         states = [torch.load(CHECKPOINTS / f"{name}-{stage}.ckpt", map_location="cpu")["averaged"] for stage in (0, 1)]

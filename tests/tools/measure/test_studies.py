@@ -1,12 +1,14 @@
-"""The two studies, as small as they can be, and what becomes of them in a file and on a page."""
+"""The studies, as small as they can be, and what becomes of them in a file and on a page."""
 from __future__ import annotations
 
 import dataclasses
 import json
 
 import pytest
+import torch
 
 from accel_tools.measure import records, studies
+from methods import titok
 
 
 @pytest.fixture
@@ -44,6 +46,45 @@ def test_positions_of_a_phrase_count_the_pieces_of_its_words():
     tokenizer = studies.TASK.load().tokenizer
     arm = studies.binding_arms("evergreen tree", tokenizer, tokens=256)["Tokens merged"]
     assert arm.config["objects"] == (((3,), (1, 2)),) and arm.config["length"] == 3
+
+
+@pytest.fixture
+def one_tokenizer(monkeypatch, tmp_path):
+    """A small tokenizer with what training leaves of it, and squares in place of digits."""
+    config = dataclasses.replace(titok.TINY, size=32, channels=1, patch=4, codes=5, proxy_depth=16, proxy_codes=4, classes=10)
+    x = torch.rand(1040, 1, 8, 8, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    monkeypatch.setattr(studies.digits, "split", lambda held_out: (2 * x - 1, torch.arange(1040) % 10))
+    monkeypatch.setattr(titok, "TRAINED", {"small": config})
+    monkeypatch.setattr(studies.of_tokens, "SAMPLES", 20)
+    monkeypatch.setattr(studies, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(studies.methods, "weights", lambda name: tmp_path / f"{name}.safetensors")
+    model = titok.build(config)
+    for stage, part in ((0, None), (1, "pixels"), (2, "generator")):
+        for weight in titok.enter(model, part) if part else ():
+            weight.data += 0.01
+        torch.save({"averaged": model.state_dict()}, tmp_path / f"small-{stage}.ckpt")
+    titok.save(model.requires_grad_(True), tmp_path / "small.safetensors")
+    return model, tmp_path / "small-1.ckpt"
+
+
+def test_tokenizers_are_compared_before_and_after_they_are_tuned(one_tokenizer):
+    model, _ = one_tokenizer
+    found = studies.token_counts(None)
+    grid, small = found["rows"]
+    assert len(grid) == len(small) == len(found["columns"]) and grid[:4] == ["4 means of patches", 64, 128, None]
+    assert small[:3] == ["small", 3, 9] and small[3] != small[4] > 0 and all(0 <= share <= 1 for share in small[6:])
+    images = studies.digits.split(held_out=True)[0][1000:]
+    with torch.no_grad():
+        painted = model.decode(model.encode(images).index).clamp(-1, 1)
+    assert small[4] == pytest.approx(float((painted - images).square().mean()) / 4, rel=1e-4)
+
+
+def test_an_encoder_that_moved_is_found_out(one_tokenizer):
+    model, tuned = one_tokenizer
+    model.codes.data += 1e-3
+    torch.save({"averaged": model.state_dict()}, tuned)
+    with pytest.raises(RuntimeError, match="tuning small on pixels changed codes, decoder, generator, pixels, proxy"):
+        studies.token_counts(None)
 
 
 def test_a_study_stands_beside_the_records_of_its_method(tmp_path):

@@ -19,7 +19,8 @@ from methods._core.parts import patchify
 
 STEPS = {"proxy": 1200, "pixels": 400, "generator": 1500}           # of 64 images
 RATES = {"proxy": 3e-3, "pixels": 1e-3, "generator": 1e-3}
-DATA = "from scratch, behind 128 means of patches"
+DATA = ("from scratch, behind 128 means of patches; in the first third of the first stage codes that a batch leaves unused "
+        "move to vectors of it")
 SAMPLED, SAMPLES = (1, 2, 4, 8), 500                                # steps that are judged, and images of each
 
 
