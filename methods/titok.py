@@ -53,7 +53,7 @@ from transformers import BertConfig, BertForTokenClassification
 
 from methods._core.codebook import Quantised, lookup, quantise
 from methods._core.learning import load, save
-from methods._core.parts import Block, patchify
+from methods._core.parts import Block, learnt, patchify
 
 __all__ = ["STAGES", "TINY", "TRAINED", "Config", "TiTok", "build", "enter", "generate", "guidance", "hide", "load", "loss",
            "remaining", "save"]
@@ -111,10 +111,6 @@ TRAINED = {f"titok-{tokens}": Config(
     size=32, channels=1, patch=4, tokens=tokens, codes=256, depth=8, width=64, layers=2, heads=4, proxy_codes=128,
     proxy_depth=16, classes=10, generator_width=96, generator_layers=3, generator_heads=4, temperature=2.0, guidance=2.0)
     for tokens in (4, 8, 16)}
-
-
-def learnt(n: int, width: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(n, width) * width ** -0.5)
 
 
 class Tower(nn.Module):

@@ -1,6 +1,7 @@
 """The plain parts of a vision transformer, for methods that are networks of their own: patches and blocks."""
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,6 +23,11 @@ def unpatchify(x: Tensor, patch: int, height: int) -> Tensor:
     """Patches (B, N, patch^2 C) of a grid of `height` rows -> images (B, C, H, W); the inverse of `patchify`."""
     x = x.unflatten(1, (height, -1)).unflatten(-1, (patch, patch, -1))                    # (B, h, w, p, p, C)
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def learnt(n: int, width: int) -> nn.Parameter:
+    """Tokens or positions (n, width) that a network learns, each of a squared length of about 1 at first."""
+    return nn.Parameter(torch.randn(n, width) * width ** -0.5)
 
 
 class Block(nn.Module):

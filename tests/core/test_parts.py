@@ -4,7 +4,7 @@ import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import nn
 
-from methods._core.parts import Block, patchify, unpatchify
+from methods._core.parts import Block, learnt, patchify, unpatchify
 
 
 def tokens(*shape, seed=0):
@@ -30,6 +30,12 @@ def test_what_does_not_divide_is_refused():
         patchify(torch.zeros(1, 3, 8, 6), 4)
     with pytest.raises(ValueError, match="heads=3 must divide the width 8"):
         Block(8, 3)
+
+
+def test_learnt_tokens_have_about_unit_length():
+    found = learnt(400, 64)
+    assert found.shape == (400, 64) and found.requires_grad
+    assert float(found.detach().square().sum(-1).mean()) == pytest.approx(1, abs=0.05)
 
 
 def test_the_plain_block_is_that_of_torch():
