@@ -43,7 +43,7 @@ Example
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -87,11 +87,12 @@ class Config:
     seed: int = 0                                  # of the initial weights
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if type(value) is int and name != "seed" and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-            if type(value) is float and not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value} must be a number of at least 0")
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            if kind is int and field.name != "seed" and value < 1:
+                raise ValueError(f"{field.name}={value} must be at least 1")
+            if kind is float and not 0 <= value < math.inf:
+                raise ValueError(f"{field.name}={value} must be a number of at least 0")
         for part, whole in (("patch", "size"), ("heads", "width"), ("generator_heads", "generator_width")):
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(f"{part}={getattr(self, part)} must divide {whole}={getattr(self, whole)}")

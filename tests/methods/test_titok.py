@@ -271,6 +271,7 @@ def test_bad_inputs_are_named():
         titok.generate(model, torch.tensor([0, 4]), torch.Generator())
     with pytest.raises(ValueError, match="steps=0 must be at least 1"):
         titok.generate(model, LABELS, torch.Generator(), steps=0)
+    assert titok.generate(model, LABELS, torch.Generator(), temperature=0, guidance=0).max() < TINY.codes
     with pytest.raises(ValueError, match="codes, tokens cannot change in a network that is built"):
         titok.generate(model, LABELS, torch.Generator(), tokens=4, codes=8, steps=2)
     for stage, target in (("proxy", None), ("generator", LABELS), ("pixel", IMAGES)):
