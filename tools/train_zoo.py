@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accel_tools.measure import trained
 from accel_tools.measure.records import rounded
 from accel_tools.measure.tasks import TASKS
 from accel_tools.zoo.pictures import row, sheet
-from accel_tools.zoo.recipes import ar, dit, emoji, judges, method, video
+from accel_tools.zoo.recipes import ar, dit, emoji, judges, video
 from accel_tools.zoo.training import ROOT, Trained, write_card
 from methods._zoo import card
 
@@ -65,15 +66,15 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     command = " ".join(["python tools/train_zoo.py", *(argv or sys.argv[1:])])
     try:
-        known = method.names(args.method) if args.method else list(RECIPES)
+        known = trained.names(args.method) if args.method else list(RECIPES)
     except (ModuleNotFoundError, ValueError) as error:
         parser.error(str(error))
     if args.name not in known and not (args.method and args.name is None):
         parser.error(f"name {args.name!r} is none of {', '.join(known)}")
     if args.method:
         for name in [args.name] if args.name else known:
-            made = method.train_method(args.method, name, args.seed, args.scale, command)
-            made["metrics"] = method.metrics(args.method, name, args.images)
+            made = trained.train_method(args.method, name, args.seed, args.scale, command)
+            made["metrics"] = trained.metrics(args.method, name, args.images)
             method.write(made)
             print(made["metrics"])
         return 0

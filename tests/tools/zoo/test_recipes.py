@@ -4,8 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from accel_tools.measure import trained
 from accel_tools.zoo import digits
-from accel_tools.zoo.recipes import ar, judges, method, titok, video
+from accel_tools.zoo.recipes import ar, judges, titok, video
 from accel_tools.zoo.training import Run, Trained, carry, conditional
 from methods._core.parts import patchify, unpatchify
 from methods._zoo.ar import CODES, build
@@ -129,8 +130,8 @@ def test_the_stages_of_titok_are_shown_the_grids_codes_and_then_their_own(monkey
 
 
 def test_what_trains_a_method_stands_in_its_module_or_in_the_recipe_of_its_name(monkeypatch):
-    assert method.recipe("titok") is titok and method.names("titok") == ["titok-4", "titok-8", "titok-16"]
+    assert trained.recipe("titok") is titok and trained.names("titok") == ["titok-4", "titok-8", "titok-16"]
     monkeypatch.setattr(titok.titok, "training", lambda pipe, config: iter(()), raising=False)
-    assert method.recipe("titok") is titok.titok
+    assert trained.recipe("titok") is titok.titok
     with pytest.raises(ValueError, match="methods/fora.py has no TRAINED"):
-        method.names("fora")
+        trained.names("fora")

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 import methods
+from accel_tools.measure import trained
 from accel_tools.measure.tasks import TASKS
 from accel_tools.zoo import digits, train_zoo
-from accel_tools.zoo.recipes import method
 from methods import dydit
 
 
@@ -43,7 +43,7 @@ def test_weights_card_and_what_they_are_worth(short, capsys):
     assert {tensor.dtype for tensor in state.values()} == {torch.float16} and "routers.0.heads.weight" in state
     assert all("ff.inner" in name or name.startswith("routers.") for name in state)
     (short / "tiny.safetensors").unlink()
-    method.train_method("dydit", "tiny", 0, 1.0, "")                            # the checkpoint is at its end
+    trained.train_method("dydit", "tiny", 0, 1.0, "")                            # the checkpoint is at its end
     assert "continuing tiny-0 at step 4 of 4" in capsys.readouterr().out
     assert all(torch.equal(value, state[name]) for name, value in load_file(methods.weights("tiny")).items())
 
