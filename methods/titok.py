@@ -110,8 +110,8 @@ TINY = Config(size=12, patch=4, tokens=3, codes=16, depth=4, width=16, layers=1,
 # Trained on digits; the grid tokenizer is 128 means of patches. `methods.weights(name)` has the weights.
 TRAINED = {f"titok-{tokens}": Config(
     size=32, channels=1, patch=4, tokens=tokens, codes=256, depth=8, width=64, layers=2, heads=4, proxy_codes=128,
-    proxy_depth=16, classes=10, generator_width=96, generator_layers=3, generator_heads=4, temperature=2.0, guidance=2.0)
-    for tokens in (4, 8, 16)}
+    proxy_depth=16, classes=10, generator_width=96, generator_layers=3, generator_heads=4, steps=tokens // 2, temperature=2.0,
+    guidance=2.0) for tokens in (4, 8, 16)}
 
 
 class Tower(nn.Module):
