@@ -158,7 +158,7 @@ def token_counts(folder: Path) -> dict[str, Any]:
     images, labels = digits.split(held_out=True)
     grid, first = of_tokens.of_grid(images), next(iter(titok.TRAINED.values()))
     rows = [[f"{first.proxy_codes} means of patches", first.side ** 2, first.side ** 2 * (first.proxy_codes - 1).bit_length(),
-             None, grid["mse"], grid["psnr"], *[None] * len(of_tokens.SAMPLED)]]
+             None, grid["mse"], grid["psnr"], *[None] * 2 * len(of_tokens.SAMPLED)]]
     for name, config in titok.TRAINED.items():
         model = titok.build(config)
         states = [torch.load(CHECKPOINTS / f"{name}-{stage}.ckpt", map_location="cpu")["averaged"] for stage in (0, 1)]
@@ -170,14 +170,15 @@ def token_counts(folder: Path) -> dict[str, Any]:
         titok.load(model, methods.weights(name))
         found = of_tokens.metrics(model, images, labels)
         rows.append([name, config.tokens, config.tokens * (config.codes - 1).bit_length(), before, found["mse"], found["psnr"],
-                     *found["label_accuracy"].values()])
+                     *found["label_accuracy"].values(), *found["frechet"].values()])
     return {"model": "digits", "title": "Digits by the number of tokens",
             "note": "Squared error in [0, 1] over 1,000 digits that nothing was trained on, after the stage of proxy codes and "
                     "after the decoder was tuned on pixels, which left encoder, latents and codebook as they were to the bit; "
-                    f"then the share of {of_tokens.SAMPLES} generated digits in which a judge sees the one asked for, by the "
-                    "number of steps. The first row is the grid tokenizer whose codes are the proxy.",
+                    f"then the share of {of_tokens.SAMPLES} generated digits in which a judge sees the one asked for, and their "
+                    "Fréchet distance, by the number of steps; in a single step all digits of a class are the same. The first "
+                    "row is the grid tokenizer whose codes are the proxy.",
             "columns": ["Tokenizer", "Tokens", "Bits an image", "Error, proxy stage", "Error", "PSNR (dB)",
-                        *[f"Right in {n} step{'s' * (n > 1)}" for n in of_tokens.SAMPLED]], "rows": rows}
+                        *[f"{what}, {n}" for what in ("Right", "Fréchet") for n in of_tokens.SAMPLED]], "rows": rows}
 
 
 STUDIES = {"dato": plan_search, "tome_binding": prompt_binding, "titok": token_counts}

@@ -72,7 +72,7 @@ def test_tokenizers_are_compared_before_and_after_they_are_tuned(one_tokenizer):
     found = studies.token_counts(None)
     grid, small = found["rows"]
     assert len(grid) == len(small) == len(found["columns"]) and grid[:4] == ["4 means of patches", 64, 128, None]
-    assert small[:3] == ["small", 3, 9] and small[3] != small[4] > 0 and all(0 <= share <= 1 for share in small[6:])
+    assert small[:3] == ["small", 3, 9] and small[3] != small[4] > 0 and all(0 <= share <= 1 for share in small[6:10])
     images = studies.digits.split(held_out=True)[0][1000:]
     with torch.no_grad():
         painted = model.decode(model.encode(images).index).clamp(-1, 1)
