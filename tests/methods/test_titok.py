@@ -57,6 +57,17 @@ def test_both_towers_see_a_class_token_the_places_and_the_latents():
     assert seen == [(8, 1 + 9 + 3, 16)] * 2
 
 
+def test_the_decoder_by_hand():
+    decoder, z_q = double().decoder, F.normalize(torch.rand(2, 3, 4, dtype=torch.float64, generator=RANDOM), dim=-1)
+    w = dict(decoder.named_parameters())
+    rows = [w["token"][0] + w["positions"][0], *(w["mask"][0] + w["positions"][1 + n] for n in range(9))]
+    codes = z_q @ w["embed.weight"].T + w["embed.bias"] + w["latent_positions"]
+    x = F.layer_norm(torch.cat([torch.stack(rows).expand(2, -1, -1), codes], 1), (16,), w["before.weight"], w["before.bias"])
+    places = F.layer_norm(decoder.blocks(x)[:, 1:10], (16,), w["after.weight"], w["after.bias"])
+    hidden = (places @ w["head.0.weight"].T + w["head.0.bias"]).tanh()
+    torch.testing.assert_close(decoder(z_q), hidden @ w["head.2.weight"].T + w["head.2.bias"])
+
+
 @pytest.mark.parametrize("size", [8, 20])
 def test_the_number_of_tokens_does_not_depend_on_the_size_of_the_image(size):
     model = titok.build(replace(TINY, size=size, tokens=5))
@@ -145,6 +156,16 @@ def test_a_masked_share_falls_as_arccos():
     for n in range(1, 10):
         assert float((count <= n).double().mean()) == pytest.approx(1 - math.cos((n + 0.5) * math.pi / 20), abs=0.015)
     assert (masked.double().mean(0) - masked.double().mean()).abs().max() < 0.015
+
+
+def test_codes_mask_classes_and_no_class_have_ids_of_their_own():
+    model, seen = titok.build(TINY), []
+    model.generator.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    tokens = torch.tensor([[0, 15, 16]])                                        # the first and the last code, the mask
+    for label in range(TINY.classes + 1):
+        assert model.predict(tokens, torch.tensor([label])).shape == (1, 3, 16)
+    assert torch.cat(seen).tolist() == [[17 + label, 0, 15, 16] for label in range(5)]
+    assert model.generator.config.vocab_size == 22
 
 
 def test_the_generator_learns_most_from_what_it_does_not_see():
@@ -240,20 +261,20 @@ def test_greedy_in_one_step_takes_the_guided_argmax():
 
 def test_tokens_are_drawn_and_ranked_by_noisy_logits():
     """The first of two steps by a loop of its own, with the draws of the same generator."""
-    model, u = double(tokens=5), torch.Generator().manual_seed(7)
-    state = torch.full((8, 5), TINY.codes)
-    logits = model.predict(state, LABELS).detach() / (0.5 + 0.8 / 2)
-    noise = [-torch.log(-torch.log(torch.rand(8, 5, *more, dtype=torch.float64, generator=u))) for more in ((16,), ())]
+    model, u, labels = double(tokens=5), torch.Generator().manual_seed(7), torch.arange(400) % 4
+    state = torch.full((400, 5), TINY.codes)
+    logits = model.predict(state, labels).detach() / (0.5 + 0.8 / 2)
+    noise = [-torch.log(-torch.log(torch.rand(400, 5, *more, dtype=torch.float64, generator=u))) for more in ((16,), ())]
     drawn = (logits + 1.5 * noise[0]).argmax(-1)
     kept = state.clone()
-    for b in range(8):
+    for b in range(400):
         ranked = sorted(range(5), key=lambda k: float(logits[b, k, drawn[b, k]] + 1.5 * noise[1][b, k]))
         for k in ranked[titok.remaining(5, 2)[0]:]:
             kept[b, k] = drawn[b, k]
     states = []
     model.predict = lambda tokens, labels: states.append(tokens) or titok.TiTok.predict(model, tokens, labels)
-    titok.generate(model, LABELS, torch.Generator().manual_seed(7), steps=2, temperature=3.0, guidance=0.0)
-    assert torch.equal(states[1], kept) and 0 < int((kept == TINY.codes).sum()) < 40
+    titok.generate(model, labels, torch.Generator().manual_seed(7), steps=2, temperature=3.0, guidance=0.0)
+    assert torch.equal(states[1], kept) and ((kept == TINY.codes).sum(1) == titok.remaining(5, 2)[0]).all()
 
 
 def test_hot_tokens_vary_and_cold_ones_do_not():

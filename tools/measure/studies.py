@@ -174,9 +174,9 @@ def token_counts(folder: Path) -> dict[str, Any]:
     return {"model": "digits", "title": "Digits by the number of tokens",
             "note": "Squared error in [0, 1] over 1,000 digits that nothing was trained on, after the stage of proxy codes and "
                     "after the decoder was tuned on pixels, which left encoder, latents and codebook as they were to the bit; "
-                    f"then the share of {of_tokens.SAMPLES} generated digits in which a judge sees the one asked for, and their "
-                    "Fréchet distance, by the number of steps; in a single step all digits of a class are the same. The first "
-                    "row is the grid tokenizer whose codes are the proxy.",
+                    f"then the share of {of_tokens.SAMPLES} generated digits in which a judge sees the one asked for, and "
+                    "their Fréchet distance, by the number of steps; in a single step all digits of a class are the same. The "
+                    "first row is the grid tokenizer whose codes are the proxy.",
             "columns": ["Tokenizer", "Tokens", "Bits an image", "Error, proxy stage", "Error", "PSNR (dB)",
                         *[f"{what}, {n}" for what in ("Right", "Fréchet") for n in of_tokens.SAMPLED]], "rows": rows}
 
