@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in [args.name] if args.name else known:
             made = trained.train_method(args.method, name, args.seed, args.scale, command)
             made["metrics"] = trained.metrics(args.method, name, args.images)
-            method.write(made)
+            trained.write(made)
             print(made["metrics"])
         return 0
     RECIPES[args.name](args.seed, args.scale).write(args.name, args.seed)

@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict
 from functools import cache
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ def names(slug: str) -> list[str]:
     return list(module.TRAINED)
 
 
-def recipe(slug: str) -> ModuleType:
+def recipe(slug: str) -> Any:
     """What has `training` and `metrics` of a method: its own module, or tools/recipes/<slug>.py beside one that is full."""
     module = import_module(f"methods.{slug}")
     return module if hasattr(module, "training") else import_module(f"accel_tools.zoo.recipes.{slug}")

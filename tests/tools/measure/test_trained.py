@@ -20,7 +20,7 @@ def short(monkeypatch, tmp_path):
     squares[:, :, 12:20, 12:20] = 1.0
     monkeypatch.setattr(digits, "split", lambda held_out: (squares, torch.arange(40) % 10))
     monkeypatch.setattr("methods._trained.FOLDER", tmp_path)
-    monkeypatch.setattr(method, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(trained, "CHECKPOINTS", tmp_path / "checkpoints")
     monkeypatch.setattr(dydit, "TRAINED", {"tiny": dydit.TINY})
     monkeypatch.setitem(TASKS, "dit", dataclasses.replace(TASKS["dit"], steps=2))
     whole = dydit.training
