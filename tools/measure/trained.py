@@ -30,7 +30,7 @@ def names(slug: str) -> list[str]:
 
 
 def recipe(slug: str) -> Any:
-    """What has `training` and `metrics` of a method: its own module, or tools/recipes/<slug>.py beside one that is full."""
+    """What says how a method is trained: its own module, or tools/zoo/recipes/<slug>.py beside one that is full."""
     module = import_module(f"methods.{slug}")
     return module if hasattr(module, "training") else import_module(f"accel_tools.zoo.recipes.{slug}")
 
@@ -38,7 +38,7 @@ def recipe(slug: str) -> Any:
 def train_method(slug: str, name: str, seed: int, scale: float, command: str) -> dict[str, Any]:
     """Train `name` of TRAINED stage by stage and write its weights and its card, which is returned."""
     module = recipe(slug)
-    config = import_module(f"methods.{slug}").TRAINED[name]
+    config = module.TRAINED[name]
     x, y = digits.split(held_out=False)
     torch.manual_seed(seed)
     history, stages = [], []
@@ -72,12 +72,12 @@ def write(card: dict[str, Any]) -> None:
 def metrics(slug: str, name: str, n: int, seed: int = 0) -> dict[str, Any]:
     """What the trained weights are worth: by the module's own `metrics(model, images, labels)` on held-out digits if it has
     one, else by `n` images of the converted DiT beside plain ones, of as many steps and of as many as cost the same."""
-    module = import_module(f"methods.{slug}")
+    module = recipe(slug)
     config = module.TRAINED[name]
-    if hasattr(recipe(slug), "metrics"):
+    if hasattr(module, "metrics"):
         model = module.build(config)
         learning.load(model, _trained.weights(name))
-        return rounded(recipe(slug).metrics(model, *digits.split(held_out=True)))
+        return rounded(module.metrics(model, *digits.split(held_out=True)))
     task, converted = TASKS["dit"], module.convert(methods.tiny("dit").transformer, config)
     learning.load(converted, _trained.weights(name))
     rows = {"plain": drawn(n, task.steps, seed), slug: drawn(n, task.steps, seed, converted)}

@@ -55,6 +55,7 @@ def one_tokenizer(monkeypatch, tmp_path):
     x = torch.rand(1040, 1, 8, 8, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 2).repeat_interleave(4, 3)
     monkeypatch.setattr(studies.digits, "split", lambda held_out: (2 * x - 1, torch.arange(1040) % 10))
     monkeypatch.setattr(titok, "TRAINED", {"small": config})
+    monkeypatch.setattr(studies.of_tokens, "TRAINED", {"small": config})
     monkeypatch.setattr(studies.of_tokens, "SAMPLES", 20)
     monkeypatch.setattr(studies, "CHECKPOINTS", tmp_path)
     monkeypatch.setattr(studies.methods, "weights", lambda name: tmp_path / f"{name}.safetensors")

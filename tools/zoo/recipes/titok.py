@@ -16,6 +16,7 @@ from methods import titok
 from methods._core.codebook import quantise
 from methods._core.learning import Stage
 from methods._core.parts import patchify
+from methods.titok import TRAINED, build
 
 STEPS = {"proxy": 1200, "pixels": 400, "generator": 1500}           # of 64 images
 RATES = {"proxy": 3e-3, "pixels": 1e-3, "generator": 1e-3}
@@ -48,7 +49,7 @@ def grid_tokenizer(config: titok.Config) -> tuple[Tensor, nn.Module]:
 def training(pipe: Any, config: titok.Config) -> Iterator[Stage]:
     """The stages of one model. `pipe` is not used."""
     codebook, paste = grid_tokenizer(config)
-    model = titok.build(config, codebook, paste).to(device())
+    model = build(config, codebook, paste).to(device())
     codebook = codebook.to(device())
 
     @torch.no_grad()
@@ -93,7 +94,7 @@ def reconstruction(model: titok.TiTok, images: Tensor) -> dict[str, float]:
 @torch.no_grad()
 def of_grid(images: Tensor) -> dict[str, float]:
     """The errors of the grid tokenizer on the images that `metrics` paints."""
-    config, images = next(iter(titok.TRAINED.values())), images[1000:]
+    config, images = next(iter(TRAINED.values())), images[1000:]
     codebook, paste = grid_tokenizer(config)
     found = quantise(patchify(images, config.patch), codebook).z_q
     return errors(images, paste(found.mT.unflatten(-1, (config.side, config.side))))
