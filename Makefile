@@ -18,13 +18,14 @@ run: $(TOOLS)            ## check, render, generate, build the site and serve it
 	@if [ "$(SERVE)" = 0 ]; then echo "built build/report/index.html and build/site/index.html"; \
 	else $(BIN)/python tools/serve.py; fi
 
-test: $(TESTS)           ## everything
+test: $(TESTS)           ## all checks on a family of each kind, a few on the others
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(COV)
 
 test-fast: $(TESTS)      ## what needs no pipeline, browser or compiler
 	$(BIN)/python -m pytest -q -n 2 -m "not slow" -x
 
-test-all: test           ## every check on every cell; the nightly run
+test-all: $(TESTS)       ## every check of every method on every family; the nightly run
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --everything $(COV)
 
 test-lowest:             ## test-fast on the oldest versions that pyproject.toml allows, in an environment of its own
 	$(PYTHON) -m venv build/lowest

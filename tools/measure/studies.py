@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 import methods
+from accel_tools.measure import titok as of_tokens
 from accel_tools.measure.arms import Arm
 from accel_tools.measure.macs import count_macs
 from accel_tools.measure.quality import nearest_emoji, psnr
 from accel_tools.measure.records import code_hash_of, provenance
 from accel_tools.measure.tasks import TASKS
 from accel_tools.zoo import digits
-from accel_tools.zoo.recipes import titok as of_tokens
 from accel_tools.zoo.training import CHECKPOINTS
 from methods import dato, titok, tome_binding
 from methods._zoo import card

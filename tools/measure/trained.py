@@ -30,9 +30,9 @@ def names(slug: str) -> list[str]:
 
 
 def recipe(slug: str) -> Any:
-    """What says how a method is trained: its own module, or tools/zoo/recipes/<slug>.py beside one that is full."""
+    """What says how a method is trained: its own module, or tools/measure/<slug>.py beside one that is full."""
     module = import_module(f"methods.{slug}")
-    return module if hasattr(module, "training") else import_module(f"accel_tools.zoo.recipes.{slug}")
+    return module if hasattr(module, "training") else import_module(f"accel_tools.measure.{slug}")
 
 
 def train_method(slug: str, name: str, seed: int, scale: float, command: str) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def test_a_name_made_at_run_time_may_be_any(layered, edit):
 def test_fora_reaches_its_machinery_and_no_kernel():
     code = Code(Source())
     names = {piece.name for piece in Reached(code, ROOT / "methods/fora.py").pieces}
-    assert {"Config.__post_init__", "OFF", "apply", "computes", "_Reuse.around", "Patch.around", "Patch.report", "Run",
+    assert {"Config.__post_init__", "OFF", "apply", "computes", "Reuse.around", "Patch.around", "Patch.report", "Run",
             "StepContext", "describe"} <= names
     assert not names & {"merge", "segments", "Reduction", "cosine_match"}
 

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 import methods
+from accel_tools import train_zoo
 from accel_tools.measure import trained
 from accel_tools.measure.tasks import TASKS
-from accel_tools.zoo import digits, train_zoo
+from accel_tools.zoo import digits
 from methods import dydit
 
 

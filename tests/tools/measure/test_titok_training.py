@@ -4,9 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from accel_tools.measure import trained
+from accel_tools.measure import titok, trained
 from accel_tools.zoo import digits
-from accel_tools.zoo.recipes import titok
 from methods._core.parts import patchify, unpatchify
 from methods.titok import STAGES, TINY, build
 
