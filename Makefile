@@ -9,7 +9,7 @@ LOWEST := import tomllib; needed = tomllib.load(open("pyproject.toml", "rb"))["p
 	print(*(each.split(";")[0].replace(">=", "==") for each in needed if ">=" in each), sep="\n")
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: run test test-fast test-all test-lowest check lists site report bench clean
+.PHONY: run test test-fast test-all test-lowest method check lists site report bench clean
 
 run: $(TOOLS)            ## check, render, generate, build the site and serve it (SERVE=0: only build)
 	$(BIN)/python tools/check_catalog.py --fix
@@ -32,6 +32,14 @@ test-lowest:             ## test-fast on the oldest versions that pyproject.toml
 	$(PYTHON) -c '$(LOWEST)' > build/lowest.txt
 	build/lowest/bin/pip install --quiet --disable-pip-version-check --constraint build/lowest.txt --editable '.[tools,test]'
 	build/lowest/bin/python -m pytest -q -n 2 -m "not slow"
+
+method: $(TESTS) build/types   ## SLUG=x: start it if it is not there; then its rows in both tables, the lists, its tests, check
+	@test -n "$(SLUG)" || { echo 'say which: make method SLUG=x, for a new one with ARGS="--name X --kind patch --bibtex x.bib"'; exit 2; }
+	@test -f catalog/entries/$(SLUG).yaml || $(BIN)/python tools/new_entry.py --slug $(SLUG) $(ARGS)
+	$(BIN)/python -m pytest -q tests/test_compatibility.py tests/test_pairs.py -k test_table --update --method $(SLUG)
+	$(BIN)/python tools/render_readme.py
+	$(BIN)/python tools/check_catalog.py
+	$(BIN)/python -m pytest -q -n 2 tests/methods/test_$(SLUG).py
 
 check: $(TESTS) build/types   ## catalogue, generated files, style, types: all that is wrong, in one round
 	@failed=0; for command in "python tools/check_catalog.py" "ruff check ." mypy; do $(BIN)/$$command || failed=1; done; \

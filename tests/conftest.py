@@ -30,4 +30,5 @@ def pytest_collection_modifyitems(items):
 
 def pytest_addoption(parser):
     parser.addoption("--update", action="store_true", help="write golden files anew instead of comparing with them")
+    parser.addoption("--method", metavar="SLUG", help="with --update: write anew only what tells of this method")
     parser.addoption("--everything", action="store_true", help="every check on every family, instead of on some of a kind")

@@ -1,6 +1,6 @@
 """catalog/compatibility.json says on which model family each patch works, and why not. It is derived here, by trying.
 
-`pytest tests/test_compatibility.py --update` writes it anew.
+`pytest tests/test_compatibility.py --update` writes it anew, with `--method SLUG` the row of one method.
 """
 import json
 
@@ -10,8 +10,11 @@ from families import FAMILIES, Family
 
 
 def test_table(request):
+    only, committed = request.config.getoption("--method"), json.loads(contract.COMPATIBILITY.read_text())
     table = {contract.slug(method): {name: contract.attempt(method, family) for name, family in FAMILIES.items()}
-             for method in contract.patches()}
+             for method in contract.patches() if only in (None, contract.slug(method))}
+    if only is not None:
+        table = dict(sorted((committed | table).items()))
     text = json.dumps(table, indent=1, ensure_ascii=False) + "\n"
     if request.config.getoption("--update"):
         contract.COMPATIBILITY.write_text(text)

@@ -47,7 +47,7 @@ def test_toy_is_sound(toy):
     pytest.param(MODULE, "def apply(model: list,", "def apply(model,", ": apply: say the type of model", id="argument's type"),
     pytest.param(MODULE, ") -> float:", "):", "merge_0: say the type of what it returns", id="result's type"),
     pytest.param(TEST, "contract.cases", "print", f"{TEST}:1: does not call the contract", id="contract"),
-    pytest.param(TEST, "import contract", "import numpy as contract", "does not call the contract", id="other contract"),
+    pytest.param(TEST, "from contracts import patch as contract", "import numpy as contract", "does not call the contract", id="other contract"),
     pytest.param(TEST, "    assert", "    print(1)\n    assert", f"{TEST}:7: print() is left in", id="print in the test"),
     pytest.param(TEST, "def ", "def def ", f"{TEST}:6: does not parse", id="syntax of the test"),
     pytest.param(MODULE, "arXiv 2024.", "ICLR 2025.", "second paragraph of the docstring must be", id="venue"),

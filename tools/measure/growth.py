@@ -84,7 +84,7 @@ OFF = Config(ratio=0.0)
 def apply(model: list, config: Config = Config()) -> float:
     return merge_0(model, config.ratio)
 '''
-TEST = """import contract
+TEST = """from contracts import patch as contract
 
 from methods import method_{i}
 
