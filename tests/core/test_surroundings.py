@@ -3,54 +3,73 @@ import pytest
 import torch
 from accelerate import cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
-from families import FAMILIES
+from contracts import patch as contract
+from families import Family
 from peft import LoraConfig
 
-from methods import deepcache, pfdiff, todo, tome
+SETTING = dict(steps=contract.STEPS + 1)
 
-UNET = FAMILIES["unet"]
-METHODS = [(tome, tome.Config()), (todo, todo.Config()), (deepcache, deepcache.Config(interval=2)), (pfdiff, pfdiff.Config())]
+
+def cells(*names):
+    """Each method on the first of these families on which it works, or on the first of all."""
+    for method in contract.patches():
+        families = contract.working(method)
+        family = next((family for name in names for family in families if family.name == name), families[0])
+        yield pytest.param(method, family, id=f"{contract.slug(method)}-{family.name}")
 
 
 def adapt(pipe):
     torch.manual_seed(1)
-    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
+    names = ["to_q", "to_k", "to_v", "to_out.0"]
+    Family.model(pipe).add_adapter(LoraConfig(r=2, target_modules=names, init_lora_weights=False))
 
 
-@pytest.mark.parametrize("method, config", METHODS)
-def test_lora_before_or_after_the_patch(method, config):
-    plain, before, after = UNET.pipe(), UNET.pipe(), UNET.pipe()
+@pytest.mark.parametrize("method, family", cells("unet", "sd3", "flux"))
+def test_lora_before_or_after_the_patch(method, family):
+    config, (plain, before, after) = contract.engaging(method), (family.pipe() for _ in range(3))
     adapt(plain)
-    expected = UNET.run(plain)
+    expected = family.run(plain, **SETTING)
     adapt(before)
     with method.apply(before, config):
-        first = UNET.run(before)
+        first = family.run(before, **SETTING)
     with method.apply(after, config):
-        without = UNET.run(after)
+        without = family.run(after, **SETTING)
         adapt(after)
-        assert torch.equal(UNET.run(after), first) and not torch.equal(without, first)
-    assert torch.equal(UNET.run(before), expected) and torch.equal(UNET.run(after), expected)
+        assert torch.equal(family.run(after, **SETTING), first) and not torch.equal(without, first)
+    assert torch.equal(family.run(before, **SETTING), expected) and torch.equal(family.run(after, **SETTING), expected)
     assert not torch.equal(first, expected)
 
 
-@pytest.mark.parametrize("method, config", METHODS)
-def test_offloading_before_or_after_the_patch(method, config):
+@pytest.mark.parametrize("method, family", cells("dit", "unet"))
+def test_offloading_before_or_after_the_patch(method, family):
     """What `enable_model_cpu_offload` does to a component, with the CPU standing in for the accelerator, and again after
-    every run as pipelines do: the hooks come off and on around the patch."""
-    plain = UNET.run(UNET.pipe())
-    with method.apply(alone := UNET.pipe(), config):
-        expected = UNET.run(alone)
+    every run as pipelines do: the hooks come off and on around the patch. So too on every attention, as sequentially."""
+    config, plain = contract.engaging(method), family.run(family.pipe(), **SETTING)
+    with method.apply(alone := family.pipe(), config):
+        expected = family.run(alone, **SETTING)
     for patch_first in (False, True):
-        pipe = UNET.pipe()
+        pipe = family.pipe()
+        model = Family.model(pipe)
+        parts = [model, *(module for name, module in model.named_modules() if name.endswith(("attn", "attn1", "ff")))]
         if not patch_first:
-            cpu_offload_with_hook(pipe.unet, "cpu")
+            hook(parts)
         patch = method.apply(pipe, config)
         if patch_first:
-            cpu_offload_with_hook(pipe.unet, "cpu")
-        assert torch.equal(UNET.run(pipe), expected)
-        remove_hook_from_module(pipe.unet)
-        cpu_offload_with_hook(pipe.unet, "cpu")
-        assert torch.equal(UNET.run(pipe), expected)
+            hook(parts)
+        assert torch.equal(family.run(pipe, **SETTING), expected)
+        for part in parts:
+            remove_hook_from_module(part)
+        assert torch.equal(family.run(pipe, **SETTING), expected)
+        hook(parts)
+        assert torch.equal(family.run(pipe, **SETTING), expected)
         assert patch.report()["state"] == "engaged"
         patch.remove()
-        assert torch.equal(UNET.run(pipe), plain)
+        assert torch.equal(family.run(pipe, **SETTING), plain)
+        for part in parts:
+            remove_hook_from_module(part)
+        assert torch.equal(family.run(pipe, **SETTING), plain)
+
+
+def hook(parts):
+    for part in parts:
+        cpu_offload_with_hook(part, "cpu")

@@ -22,7 +22,7 @@ from accel_kernels.similarity_sum import similarity_sum
 from accel_tools.measure.memory import peak_allocated
 from accel_tools.measure.timing import interleave
 from methods import itome, sito, tofu, toma, tome
-from methods._core.tokens import match_plan, merge_plan
+from methods._core.tokens import match_plan, merge_plan, partition, reduction
 
 SHAPES = {"SD-1.5 UNet, 64x64 latents": (2, 64, 64, 320), "SD-1.5 UNet, 128x128 latents": (2, 128, 128, 320),
           "PixArt, 4,096 tokens": (2, 64, 64, 1152)}                       # batch, height, width, channels
@@ -31,8 +31,8 @@ CPU = torch.device("cpu")
 
 
 def _matched(x: Tensor, grid: tuple[int, int, int]):
-    src, dst = tome.partition(grid, 2, torch.Generator().manual_seed(0), CPU)
-    return match_plan(x, src, dst, tome.reduction(x.shape[1], len(dst), RATIO))
+    src, dst = partition(grid, 2, torch.Generator().manual_seed(0), CPU)
+    return match_plan(x, src, dst, reduction(x.shape[1], len(dst), RATIO))
 
 
 def tome_pair(x: Tensor, grid: tuple[int, int, int]):
