@@ -49,8 +49,8 @@ from transformers import PreTrainedModel
 
 from methods._core.ar import ImageLM, Prefix, describe
 
-__all__ = ["OFF", "Config", "Decoded", "acceptance", "distribution", "generate", "guide", "initial", "residual", "slide",
-           "verify"]
+__all__ = ["OFF", "TINY", "Config", "Decoded", "acceptance", "distribution", "generate", "guide", "initial", "residual",
+           "slide", "verify"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +97,7 @@ class Config:
 
 
 OFF = Config(window=1)
+TINY = Config(window=7, tokens=40)
 
 
 class Decoded(NamedTuple):

@@ -1,7 +1,8 @@
 """catalog/pairs.json says which two patches stack on which model family, and why others do not. It is derived here, by trying.
 
-`pytest tests/test_pairs.py --update` writes it anew, with `--method SLUG` the pairs of one method. A pair that stacks must then show on each family what a single method
-shows: both engage, either order gives the same result, a second run equals a fresh one, and either comes off first.
+`pytest tests/test_pairs.py --update` writes it anew, with `--method SLUG` the pairs of one method. A pair that stacks must then
+show what a single method shows: both engage, either order gives the same result, a second run equals a fresh one, and either
+comes off first.
 """
 import importlib
 import itertools

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from accel_kernels.similarity_sum import similarity_sum
 from accel_tools.measure.memory import peak_allocated
 from accel_tools.measure.timing import interleave
-from methods import itome, sito, tofu, toma, tome
+from methods import itome, sito, tofu, toma
 from methods._core.tokens import match_plan, merge_plan, partition, reduction
 
 SHAPES = {"SD-1.5 UNet, 64x64 latents": (2, 64, 64, 320), "SD-1.5 UNet, 128x128 latents": (2, 128, 128, 320),
