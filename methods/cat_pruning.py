@@ -30,8 +30,8 @@ Departures
     The grid is the model's, not 64 x 64. k-means is our own, with its own draws; the released code calls scikit-learn.
     For the first selection the released code adds up mean, mean and maximum over neighbouring clusters; its graph library
     gives the sum in place of the first of two equal means. `fused_sum=True` repeats that.
-    The released count starts anew while no cluster has been selected from twice; here it never does.
-    Released for SD3 and reported for PixArt; DiT works alike. Models that turn queries and keys by position are refused.
+    The released count starts anew while no cluster has been selected from twice; here it never does. Released for SD3 and
+    reported for PixArt; DiT works alike. Models that turn queries and keys by position are refused.
 
 Example
     >>> import methods
@@ -54,7 +54,7 @@ from accel_kernels.rows import scatter_rows
 from methods._core.attention import unmasked
 from methods._core.cache import Rows, Slot
 from methods._core.context import StepContext
-from methods._core.denoiser import Block
+from methods._core.denoiser import Block, check_whole
 from methods._core.patch import Patch
 from methods._core.tokens import others
 
@@ -191,9 +191,8 @@ class _Attention(Rows):
         patch.attend(attn, self.attend)
 
     def chosen(self, x: Tensor) -> Tensor:
-        rows = super().chosen(x)
-        self.count = rows.shape[1]
-        return rows
+        self.count = x.shape[1] if self.index is None else self.index.shape[1]
+        return super().chosen(x)
 
     def joint(self, forward, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
         image, text = forward(hidden_states=self.chosen(hidden_states), **kwargs)
@@ -228,8 +227,7 @@ class _Choice:
     """Which tokens each prompt computes, from the noise of the step before: reference, labels, frequency, selection."""
 
     def __init__(self, patch: Patch, head: _Head, config: Config):
-        self.head, self.config = head, config
-        self.reference, self.state = patch.slot(), patch.slot()
+        self.head, self.config, self.reference, self.state = head, config, patch.slot(), patch.slot()
 
     def select(self, context: StepContext, height: int, width: int) -> Tensor | None:
         """The tokens of this call, (B, k) on the device of the latent; None computes all."""
@@ -239,7 +237,6 @@ class _Choice:
         if self.reference.value is None:
             self.reference.keep(noise)
             return None
-        copies = len(context.rows.parts)
         now, start = (context.rows.take(x, "cond").float().cpu() for x in (noise, self.reference.get()))
         k = max(1, int(config.keep * now.shape[1]))
         clusters = min(config.clusters, now.shape[1])
@@ -255,7 +252,7 @@ class _Choice:
                       for each in zip(now - start, labels, frequency, strict=True)]
         index = torch.stack(chosen)
         self.state.value = labels, frequency, index
-        return index.repeat(copies, 1).to(noise.device)
+        return index.repeat(len(context.rows.parts), 1).to(noise.device)
 
 
 def apply(target: Any, config: Config = Config()) -> Patch:
@@ -289,16 +286,14 @@ def apply(target: Any, config: Config = Config()) -> Patch:
                 patch.around(branch.module, rows[-1].around)
 
     def choose(context: StepContext) -> None:
-        if any(block.chunked for block in blocks):
-            raise RuntimeError("cat_pruning computes rows of whole sequences: switch forward chunking off")
+        check_whole(blocks)
         index = None
         if all(each.slot.value is not None for each in rows):
             index = choice.select(context, *denoiser.grid(context.inputs, blocks[0])[1:])
         for each in rows:
             each.index = index
         patch.counts["full" if index is None else "pruned"] += 1
-        tokens = head.slot.value.shape[1] if index is not None else 1
-        patch.tally(0 if index is None else 1 - index.shape[1] / tokens, 1)
+        patch.tally(0 if index is None else 1 - index.shape[1] / head.slot.value.shape[1], 1)
 
     patch.each_call(choose)
     patch.explain(lambda: f"the run ends within warmup={config.warmup} steps")

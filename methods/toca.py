@@ -25,9 +25,8 @@ Departures
     its MLP see the entropies that the cross-attention has renewed in the same step.
     The released PixArt map packs the text of both guidance halves into separate columns, so that its entropy is the mean of
     the halves' entropies (plus a constant); here it is the entropy of the mean map, as the formula has it.
-    Only the column sums of the attention map are kept, not the map.
-    Latte stands in for Open-Sora (which has no diffusers class): entropy in its spatial blocks, influence in the temporal
-    ones, three full steps first, one interval for all layers where the released code has six for cross-attention.
+    Latte stands in for Open-Sora (no diffusers class): entropy in its spatial blocks, influence in the temporal ones, three
+    full steps first, one interval for all layers where the released code has six for cross-attention.
 
 Example
     >>> import methods
@@ -47,12 +46,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel_kernels.rows import gather_rows, scatter_rows
 from accel_kernels.topk import topk_partition
 from methods._core.attention import mean_map, with_mass
-from methods._core.cache import Slot, of_any_length
+from methods._core.cache import Rows, Slot, of_any_length
 from methods._core.context import StepContext
-from methods._core.denoiser import Block, Branch
+from methods._core.denoiser import Block, Branch, check_whole
 from methods._core.patch import Patch
 
 __all__ = ["OFF", "Config", "apply", "entropy", "fresh_ratio", "full_steps", "select", "spread"]
@@ -77,10 +75,10 @@ class Config:
             raise ValueError(f"interval={self.interval} must be at least 1")
         if not 0 <= self.fresh <= 1:
             raise ValueError(f"fresh={self.fresh} outside [0, 1]")
-        if self.schedule not in ("auto", *SCHEDULES):
-            raise ValueError(f"schedule={self.schedule!r} must be 'auto' or one of {', '.join(SCHEDULES)}")
         if self.cell is not None and self.cell < 1:
             raise ValueError(f"cell={self.cell} must be at least 1")
+        if self.schedule not in ("auto", *SCHEDULES):
+            raise ValueError(f"schedule={self.schedule!r} must be 'auto' or one of {', '.join(SCHEDULES)}")
 
 
 OFF = Config(interval=1)
@@ -120,8 +118,7 @@ def full_steps(steps: int, interval: int, schedule: str, adaptive: bool = True) 
 def fresh_ratio(schedule: str, base: float, i: int, steps: int, depth: float, kind: str) -> float:
     """Cache ratio R: share of tokens a layer renews at step `i`, clamped to [0, 1].
 
-    `depth` runs from 0 to 1 over the blocks (block / 27 for Flux); `kind` is "cross", "ff" or, in a Flux single block,
-    "total".
+    `depth`: 0 to 1 over the blocks (block / 27 for Flux); `kind`: "cross", "ff" or, in a Flux single block, "total".
     """
     if schedule.startswith("dit"):
         left = (steps - 1 - i) / steps
@@ -167,92 +164,58 @@ def select(importance: Tensor, stale: Tensor, k: int, interval: int, weight: flo
     return topk_partition(score, k)[0]
 
 
-class _Scores:
-    """What ranks the tokens of one block, renewed on full steps: the mass of its self-attention or the entropy of its
-    cross-attention, (B, N) each."""
+class _Branch(Rows):
+    """MLP or cross-attention: computed for all tokens on full steps, for the rows of `index` on partial ones.
 
-    def __init__(self, mass: Slot, entropy: Slot):
-        self.mass, self.entropy = mass, entropy
-        self.guided = False
-
-    def importance(self, block: Block, tokens: int, text: bool) -> Tensor:
-        """Scores of `tokens` tokens, the text's or the image's, scaled to unit length. -> (B, tokens)"""
-        score = self.mass.value if self.entropy.value is None else 1 + self.entropy.value
-        score = block.parted(score, score.shape[1] - tokens if text else tokens, 1)[text]
-        return score / score.norm(dim=1, keepdim=True)
-
-
-class _Branch:
-    """MLP or cross-attention: computed for all tokens on full steps, for the rows of `index` (B, k) on partial ones.
-
-    The host sets `full` and, before each partial step, `index`; None renews nothing.
+    What ranks the tokens is common to a block: the mass (B, N) of its self-attention or the entropy of its cross-attention.
     """
 
-    def __init__(self, block: Block, branch: Branch, slots: tuple[Slot, Slot], scores: _Scores, depth: float):
-        self.block, self.branch, self.scores, self.depth = block, branch, scores, depth
-        self.slot, self.stale = slots
-        self.full, self.index = True, None
+    def __init__(self, block: Block, branch: Branch, slots: tuple[Slot, Slot, Slot, Slot], depth: float):
+        super().__init__(slots[0])
+        self.block, self.branch, self.depth, self.guided = block, branch, depth, False
+        self.stale, self.mass, self.entropy = slots[1:]
 
     def wire(self, patch: Patch, scored: bool) -> None:
-        patch.around(self.branch.module, self.total if self.branch.feeds else self.around)
+        if self.branch.feeds:                                     # in a Flux single block x joins attention and MLP
+            patch.around(self.branch.module, lambda forward, x: self.written(forward(x)))
+        else:
+            patch.around(self.branch.module, self.around)
         if scored and self.branch.name == "cross":                # its entropy is the block's score
             patch.attend(self.branch.module, self.measure)
         for feed in self.branch.feeds:
-            if feed is not self.block.attn:
-                patch.around(feed, self.feed)
-
-    def around(self, forward, x: Tensor, *args, **kwargs) -> Tensor:
-        if self.full:
-            return self.slot.keep(forward(x, *args, **kwargs))
-        return self.slot.get() if self.index is None else self.written(forward(gather_rows(x, self.index), *args, **kwargs))
-
-    def written(self, rows: Tensor) -> Tensor:
-        return self.slot.keep(scatter_rows(self.slot.get(), self.index, rows))
+            if feed is not self.block.attn:                       # the MLP
+                patch.around(feed, lambda forward, x: forward(self.chosen(x)))
 
     def measure(self, product, q: Tensor, k: Tensor, v: Tensor, **more) -> Tensor:
         """At the product of a cross-attention: the entropy of its map, of all rows or of those that are renewed."""
-        value = entropy(mean_map(q, k, **more), self.scores.guided)
-        old = self.scores.entropy
-        old.value = value if self.full else old.value.scatter(1, self.index, value)
+        value = entropy(mean_map(q, k, **more), self.guided)
+        self.entropy.value = value if self.index is None else self.entropy.value.scatter(1, self.index, value)
         return product(q, k, v, **more)
 
-    def chosen(self, x: Tensor) -> Tensor:
-        """The rows of x (B, N, C) this step renews."""
-        return x[:, :0] if self.index is None else gather_rows(x, self.index)
-
-    def feed(self, forward, x: Tensor) -> Tensor:
-        """The MLP of a Flux single block, for the chosen tokens only."""
-        return forward(x if self.full else self.chosen(x))
-
-    def total(self, forward, x: Tensor) -> Tensor:
-        """The output of a Flux single block; x joins attention and MLP of all tokens, or of the chosen ones."""
-        if self.full:
-            return self.slot.keep(forward(x))
-        return self.slot.get() if self.index is None else self.written(forward(x))
+    def importance(self, tokens: int) -> Tensor:
+        """Scores of the branch's tokens, the text's or the image's, scaled to unit length. -> (B, tokens)"""
+        text = self.branch.name == "ff_context"
+        score = self.mass.value if self.entropy.value is None else 1 + self.entropy.value
+        score = self.block.parted(score, score.shape[1] - tokens if text else tokens, 1)[text]
+        return score / score.norm(dim=1, keepdim=True)
 
 
 class _Attention:
     """Self-attention: computed on full steps, with its mass where that is the score, and reused whole on partial ones.
 
-    In a Flux single block, whose output `total` is cached behind it, only the rows that block renews are handed on.
+    In a Flux single block, whose output `total` is cached behind it, only the rows which that renews are handed on.
     """
 
-    def __init__(self, block: Block, slot: Slot, scores: _Scores, total: _Branch | None):
-        self.block, self.slot, self.scores, self.total = block, slot, scores, total
-        self.full = True
+    def __init__(self, block: Block, slot: Slot, mass: Slot, total: _Branch | None):
+        self.block, self.slot, self.mass, self.total, self.full = block, slot, mass, total, True
 
     def around(self, forward, *args, **kwargs):
-        if self.full:
-            return self.slot.keep(forward(*args, **kwargs))
-        return self.slot.get() if self.total is None else self.total.chosen(self.slot.get())
+        out = self.slot.keep(forward(*args, **kwargs)) if self.full else self.slot.get()
+        return out if self.full or self.total is None else self.total.chosen(out)
 
     def measure(self, product, q: Tensor, k: Tensor, v: Tensor, **more) -> Tensor:
-        out, self.scores.mass.value = with_mass(q, k, v, **more)
+        out, self.mass.value = with_mass(q, k, v, **more)
         return out
-
-
-def _tokens(branch: _Branch) -> int:
-    return branch.slot.value.shape[1]
 
 
 def _wire(patch: Patch, blocks: list[Block], schedule: str, scored: bool) -> tuple[list[_Attention], list[_Branch]]:
@@ -260,16 +223,16 @@ def _wire(patch: Patch, blocks: list[Block], schedule: str, scored: bool) -> tup
     attentions, branches = [], []
     streams = {stream: [b for b in blocks if b.stream == stream and not b.temporal] for stream in ("image", "joint", "fused")}
     for block in blocks:
-        scores = _Scores(patch.slot(), patch.slot())
+        mass, scored_by = patch.slot(), patch.slot()
         place = next((i for i, b in enumerate(streams[block.stream]) if b is block), block.index // 2)
         depth = place / (27 if schedule == "flux" else max(1, len(streams[block.stream]) - 1))
         total = None
         for branch in block.branches:
             if branch.module is not block.attn:
-                branches.append(_Branch(block, branch, (patch.slot(), patch.slot()), scores, depth))
+                branches.append(_Branch(block, branch, (patch.slot(), patch.slot(), mass, scored_by), depth))
                 branches[-1].wire(patch, scored)
                 total = branches[-1] if branch.feeds else None
-        attentions.append(_Attention(block, patch.slot(), scores, total))
+        attentions.append(_Attention(block, patch.slot(), mass, total))
         patch.around(block.attn, attentions[-1].around)
         if scored and block.cross is None:
             patch.attend(block.attn, attentions[-1].measure)
@@ -298,8 +261,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     plan: dict[int, bool] = {}
 
     def decide(context: StepContext) -> None:
-        if any(block.chunked for block in blocks):
-            raise RuntimeError("toca computes rows of whole sequences: switch forward chunking off")
+        check_whole(blocks)
         if context.i == 0:
             plan.clear()
             plan.update(full_steps(context.steps, config.interval, schedule, adaptive=config.fresh > 0))
@@ -308,31 +270,29 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         deep = full and (empty or plan[context.i] or not config.per_block_decision)
         for attention in attentions:
             attention.full = full if attention is attentions[0] else deep
-            patch.skips(() if attention.full else (attention.block.attn,))
             patch.tally(not attention.full, 1)
+        patch.skips(attention.block.attn for attention in attentions if not attention.full)
         for branch in branches:
-            branch.full = full if branch.block.index == 0 else deep
-            branch.scores.guided = context.guided
-            if branch.full:
-                branch.stale.value = branch.index = None
+            branch.guided, branch.index = context.guided, None
+            if full if branch.block.index == 0 else deep:
+                branch.stale.value = None
             else:
                 branch.index = choose(branch, context)
-            patch.tally(0 if branch.full else 1 - (0 if branch.index is None else branch.index.shape[1]) / _tokens(branch), 1)
+                patch.counts["rows"] += branch.index.shape[1]
+            patch.tally(0 if branch.index is None else 1 - branch.index.shape[1] / branch.slot.value.shape[1], 1)
         patch.counts["full" if full else "partial"] += 1
 
-    def choose(branch: _Branch, context: StepContext) -> Tensor | None:
+    def choose(branch: _Branch, context: StepContext) -> Tensor:
         """Which rows (B, k) a branch renews; counts how long the others have waited."""
-        value, tokens, index = branch.slot.value, _tokens(branch), None
-        stale = torch.zeros(value.shape[:2], device=value.device) if branch.stale.value is None else branch.stale.value
+        (batch, tokens, *_), stale = branch.slot.value.shape, branch.stale.value
+        stale = torch.zeros(batch, tokens, device=context.sample.device) if stale is None else stale
         ratio = fresh_ratio(schedule, config.fresh, context.i, context.steps, branch.depth, branch.branch.name)
+        index = torch.empty(batch, 0, dtype=torch.long, device=stale.device)
         if k := math.floor(ratio * tokens):
             frames, height, width = denoiser.grid(context.inputs, branch.block)
-            flat = bonus and frames == 1 and tokens == height * width
-            importance = branch.scores.importance(branch.block, tokens, branch.branch.name == "ff_context")
-            cells = (height, width, cell, bonus) if flat else None
-            index = of_any_length(select(importance, stale, k, config.interval, config.staleness, cells))
-            patch.counts["rows"] += k
-        branch.stale.value = stale + 1 if index is None else (stale + 1).scatter(1, index, 0.0)
+            cells = (height, width, cell, bonus) if bonus and frames == 1 and tokens == height * width else None
+            index = of_any_length(select(branch.importance(tokens), stale, k, config.interval, config.staleness, cells))
+        branch.stale.value = (stale + 1).scatter(1, index, 0.0)
         return index
 
     patch.each_call(decide)

@@ -146,7 +146,7 @@ def _no_channels(x: Any) -> Any:
 class Rows:
     """Around a layer over tokens: all of them, or the rows of `index` (B, k) written into its last output.
 
-    The host sets `index` before each call of the denoiser; None computes all.
+    The host sets `index` before each call of the denoiser; None computes all, no rows give the last output as it is.
     """
 
     def __init__(self, slot: Slot):
@@ -157,6 +157,8 @@ class Rows:
         return x if self.index is None else gather_rows(x, self.index)
 
     def around(self, forward, x: Tensor, *args, **kwargs):
+        if self.index is not None and self.index.shape[1] == 0:
+            return self.slot.get()
         return self.written(forward(self.chosen(x), *args, **kwargs))
 
     def written(self, rows: Tensor) -> Tensor:

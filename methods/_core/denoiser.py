@@ -6,7 +6,7 @@ becomes a token grid. A method picks blocks by what they have (self-attention, r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -263,6 +263,15 @@ def _cogvideox(model: CogVideoXTransformer3DModel) -> Denoiser:
 
     return Denoiser("cogvideox", model, blocks, grid, (type(blocks[0].module),), embed=model.patch_embed,
                     tail=model.norm_final, head=model.proj_out, multiple=p, frame_axis=1)
+
+
+def check_whole(blocks: Iterable[Block]) -> None:
+    """
+    Raises:
+        RuntimeError: a feed-forward is called in pieces, so that rows of a sequence cannot be computed apart.
+    """
+    if any(block.chunked for block in blocks):
+        raise RuntimeError("rows of whole sequences are to be computed here: switch forward chunking off")
 
 
 def check_downsample(max_downsample: int) -> None:

@@ -129,7 +129,7 @@ def test_a_partial_step_renews_the_chosen_rows_and_no_others():
         seen = []
 
         def watch(module, args, out):
-            seen.append((branch.full, branch.index, args[0], out, branch.stale.value))
+            seen.append((branch.index is None, branch.index, args[0], out, branch.stale.value))
 
         ff.register_forward_hook(watch)
         FAMILIES["dit"].run(pipe, steps=12)

@@ -42,7 +42,7 @@ def test_toy_is_sound(toy):
     pytest.param(MODULE, "from dataclasses", "import triton\nfrom dataclasses", "18: imports triton; only", id="triton"),
     pytest.param(MODULE, "    return merge_0", "    from diffusers import X\n    return merge_0", "imports diffusers; a patch",
                  id="diffusers"),
-    pytest.param(MODULE, "OFF = ", "\n" * 400 + "OFF = ", f"{MODULE}:351: has ", id="length"),
+    pytest.param(MODULE, "OFF = ", "\n" * 400 + "OFF = ", f"{MODULE}:301: has ", id="length"),
     pytest.param(MODULE, '"""Method 2', '"Method 2"\nX = """', "the part 'Idea' is missing", id="docstring of a line"),
     pytest.param(MODULE, "def apply(model: list,", "def apply(model,", ": apply: say the type of model", id="argument's type"),
     pytest.param(MODULE, ") -> float:", "):", "merge_0: say the type of what it returns", id="result's type"),

@@ -14,7 +14,7 @@ from accel_tools.catalog.schema import UNFILLED, Entry, Paper
 from accel_tools.catalog.source import FOLDERS, Source, statements
 from accel_tools.catalog.yaml_lines import Problem
 
-LONGEST = 350                                     # lines of a file that can be read in one sitting
+LONGEST = 300                                     # lines of a file that can be read in one sitting
 SECTIONS = ("Idea", "Map", "Departures", "Example")
 
 
