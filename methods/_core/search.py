@@ -6,7 +6,7 @@ stopped is started again in the same way and finds what it had.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,19 @@ class Journal:
             if self.tell is not None:
                 self.tell(f"{len(self.costs)} judged, the last one {', '.join(f'{cost:.4g}' for cost in costs)}")
         return self.costs[candidate]
+
+
+def greedy(journal: Journal, start: Candidate, options: Sequence[int], limits: Mapping[int, float]) -> Candidate:
+    """Change one gene of `start` after another, keeping what was changed before, to the first of `options` whose first cost
+    lies below the limit of its place. Where none does, the gene stays.
+
+    Args:
+        limits: place of a gene -> limit, in the order in which the genes are decided.
+    """
+    for place, limit in limits.items():
+        tries = ((*start[:place], option, *start[place + 1:]) for option in options)
+        start = next((candidate for candidate in tries if journal.judge(candidate)[0] < limit), start)
+    return start
 
 
 def rank(costs: np.ndarray) -> np.ndarray:
