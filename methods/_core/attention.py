@@ -5,6 +5,7 @@ method that needs queries, keys, values or the map knows nothing of the module.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -86,3 +87,37 @@ def mean_map(q: Tensor, k: Tensor, attn_mask: Tensor | None = None, scale: float
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask.float()
     return scores.softmax(-1).mean(1)
+
+
+def band_share(tokens: int, window: int) -> float:
+    """What `banded` computes, as a share of the whole map."""
+    return min(1.0, 3 * window * math.ceil(tokens / window) * window / tokens ** 2)
+
+
+def banded(product: Callable, q: Tensor, k: Tensor, v: Tensor, window: int, k_text: Tensor, v_text: Tensor,
+           **more) -> Tensor:
+    """Attention of each token to those at most `window` away, and to all of the text.
+
+    Queries go in pieces of `window`, each with the keys of three pieces under a mask, where that is less than the whole map.
+
+    q, k, v (B, H, N, D), k_text, v_text (B, H, T, D), where T may be 0 -> (B, H, N, D)
+    """
+    (b, h, n, d), w, words = q.shape, window, k_text.shape[2]
+    if band_share(n, w) == 1:
+        place = torch.arange(n, device=q.device)
+        near = F.pad((place[:, None] - place).abs() <= w, (0, words), value=True)
+        return product(q, torch.cat([k, k_text], 2), torch.cat([v, v_text], 2), attn_mask=near, **more)
+    pieces = math.ceil(n / w)
+    pad = pieces * w - n
+
+    def seen(x: Tensor, text: Tensor) -> Tensor:
+        """(B, H, N, D), (B, H, T, D) -> (B * H, pieces, 3 w + T, D)"""
+        x = F.pad(x, (0, 0, w, w + pad)).flatten(0, 1).unfold(1, 3 * w, w).mT
+        return torch.cat([x, text.flatten(0, 1)[:, None].expand(-1, pieces, -1, -1)], 2)
+
+    i, j = torch.arange(w, device=q.device)[:, None], torch.arange(-w, 2 * w, device=q.device)
+    place = j + w * torch.arange(pieces, device=q.device)[:, None, None]
+    near = F.pad(((i - j).abs() <= w) & (place >= 0) & (place < n), (0, words), value=True)
+    q = F.pad(q, (0, 0, 0, pad)).reshape(b * h, pieces, w, d)
+    out = product(q, seen(k, k_text), seen(v, v_text), attn_mask=near, **more)
+    return out.reshape(b, h, pieces * w, d)[:, :, :n]
