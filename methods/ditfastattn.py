@@ -221,7 +221,8 @@ def calibrate(pipe: Any, run: Callable[[], Any], *, delta: float = 0.05, config:
         run: calls the pipeline, always in the same way, with as many prompts as shall be judged together.
         delta: error that the last block may reach (0.05 for DiT, 0.0725 for PixArt-Sigma).
         config: its window is used.
-        journal: a file that takes every judged candidate down; a search that was stopped goes on from it.
+        journal: a file that takes every judged candidate down, of one model, run and window; a search that was stopped goes on
+            from it, and one with another `delta` uses what it has.
         save: a JSON file for the plan, which `Config(plan=...)` reads.
         tell: called with a line of progress for each candidate.
 

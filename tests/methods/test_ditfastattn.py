@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from contracts import patch as contract
 from families import FAMILIES
 
-from methods import ditfastattn
+from methods import ditfastattn, pfdiff
 from methods._core.attention import band_share, banded
 from methods.ditfastattn import METHODS, Config
 
@@ -19,9 +19,11 @@ def test_contract(check, case):
     check(case)
 
 
-@pytest.mark.parametrize("check, case", [each for each in contract.cases(ditfastattn, EVERY) if each[0] in contract.TRIO or
-                                         each[0] in (*contract.OF_COST, contract.what_is_kept_can_be_limited,
-                                                     contract.runs_leave_nothing_behind)], ids=contract.name)
+COST = (contract.on_changes_the_result_and_costs_less, contract.engaged_means_cheaper, contract.what_is_kept_can_be_limited,
+        contract.what_is_said_to_be_skipped_is_not_run, contract.runs_leave_nothing_behind)
+
+
+@pytest.mark.parametrize("check, case", [each for each in contract.cases(ditfastattn, EVERY) if each[0] in COST], ids=contract.name)
 def test_contract_of_a_plan_with_every_method(check, case):
     check(case)
 
@@ -146,10 +148,31 @@ def test_a_window_adds_the_residual_of_the_last_full_step(name, cond, word):
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_a_window_over_everything_is_the_plain_run():
-    _, _, report, out = watched("dit", ["full", "window", "window"], window=1.0)
-    torch.testing.assert_close(out, contract.plain("dit", steps=3), atol=1e-5, rtol=1e-4)
-    assert report["window"] == 6 and report["state"] == "no gain"
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_window_after_its_full_step_returns_the_same_for_the_same_input(name):
+    family = FAMILIES[name]
+    pipe, given = family.pipe(), []
+    model, scheduler = family.model(pipe), pipe.scheduler
+    hook = model.register_forward_pre_hook(lambda m, args, kwargs: given.append((args, kwargs)), with_kwargs=True)
+    family.run(pipe, steps=2)
+    hook.remove()
+    (args, kwargs), outs = given[0], []
+    with ditfastattn.apply(pipe, Config(plan=["full", "window"])) as patch:
+        scheduler.set_timesteps(2)
+        for t in scheduler.timesteps:
+            outs.append(model(*args, **kwargs)[0])
+            scheduler.step(torch.zeros(1, 4, 4, 4), t, torch.zeros(1, 4, 4, 4))
+        assert patch.report()["window"] == patch.report()["full"] > 0
+    torch.testing.assert_close(*outs, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dit", "sd3", "flux", "cogvideox", "latte"])
+def test_a_window_over_everything_is_the_plain_run(name):
+    pipe, family = FAMILIES[name].pipe(), FAMILIES[name]
+    with ditfastattn.apply(pipe, Config(plan=["full", "window", "window"], window=1.0)) as patch:
+        out = family.run(pipe, steps=3)
+        assert patch.report()["window"] == 2 * patch.report()["full"] and patch.report()["state"] == "no gain"
+    torch.testing.assert_close(out, contract.plain(name, steps=3), atol=1e-4, rtol=1e-3)
 
 
 def test_without_guidance_its_methods_compute_everything():
@@ -264,7 +287,8 @@ def test_a_plan_for_another_model_and_a_bare_model_are_refused():
         ditfastattn.calibrate(pipe.transformer, lambda: None)
 
 
-def test_search_stands_alone():
+@pytest.mark.parametrize("other, reason", [(ditfastattn, "already on"), (pfdiff, "leaves room for nobody else")])
+def test_search_stands_alone(other, reason):
     pipe = FAMILIES["dit"].pipe()
-    with ditfastattn.apply(pipe), pytest.raises(ValueError, match="already on"):
+    with other.apply(pipe), pytest.raises(ValueError, match=reason):
         ditfastattn.calibrate(pipe, lambda: None)
