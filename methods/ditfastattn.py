@@ -182,6 +182,9 @@ def _layers(patch: Patch, window: float) -> list[_Layer]:
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Compress the self-attention of every block by the plan.
 
+    Blocks that compile have a graph for each method, and for "full" and "guidance" with a residual and without: with more than
+    four of the seven, torch._dynamo.config.recompile_limit must be above its default of 8.
+
     Args:
         target: a diffusers pipeline.
 

@@ -23,7 +23,8 @@ COST = (contract.on_changes_the_result_and_costs_less, contract.engaged_means_ch
         contract.what_is_said_to_be_skipped_is_not_run, contract.runs_leave_nothing_behind)
 
 
-@pytest.mark.parametrize("check, case", [each for each in contract.cases(ditfastattn, EVERY) if each[0] in COST], ids=contract.name)
+@pytest.mark.parametrize("check, case", [(check, case) for check, case in contract.cases(ditfastattn, EVERY) if check in COST],
+                         ids=contract.name)
 def test_contract_of_a_plan_with_every_method(check, case):
     check(case)
 
