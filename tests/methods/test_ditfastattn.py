@@ -293,3 +293,18 @@ def test_search_stands_alone(other, reason):
     pipe = FAMILIES["dit"].pipe()
     with other.apply(pipe), pytest.raises(ValueError, match=reason):
         ditfastattn.calibrate(pipe, lambda: None)
+
+
+def test_a_plan_of_many_kinds_of_step_compiles_whole():
+    """"full" and "guidance" with a residual or without: seven kinds, more than the compiler allows by default."""
+    plan = ["full", "window+guidance", "share", "window", "guidance", "window", "full", "share"]
+    family, config = FAMILIES["dit"], ditfastattn.Config(plan=plan)
+    eager, pipe = family.pipe(), family.pipe()
+    with ditfastattn.apply(eager, config):
+        expected = family.run(eager, steps=8)
+    torch._dynamo.reset()
+    for block in pipe.transformer.transformer_blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=16, fail_on_recompile_limit_hit=True), ditfastattn.apply(pipe, config):
+        torch.testing.assert_close(family.run(pipe, steps=8), expected, atol=1e-4, rtol=1e-3)
+    torch._dynamo.reset()
