@@ -18,6 +18,7 @@ from methods._core.attention import at_product
 from methods._core.cache import Slot
 from methods._core.context import Rewrite, Run, StepContext, split_target
 from methods._core.denoiser import Block, describe
+from methods._core.look import modulated_input
 from methods._core.site import Claim, attach, conflict, detach
 
 
@@ -173,6 +174,11 @@ class Patch:
     def order(self) -> Claim:
         """Its place among the patches that are told of a call: the outermost claim it makes."""
         return min((claim for _, claim, _ in self._claims if claim != Claim.CALL), default=Claim.LOOK)
+
+    def look(self, context: StepContext) -> Tensor:
+        """`modulated_input` of this call, as the model without any patch would have it."""
+        patched = [module for patch in self.run.patches for module, _, function in patch._claims if function is not None]
+        return modulated_input(self.denoiser, context.inputs, patched)
 
     def skips(self, modules: Iterable[nn.Module]) -> None:
         """Say, in `each_call`, that this call of the denoiser will not run the inside of these patched modules."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
 
@@ -92,6 +93,25 @@ def detach(module: nn.Module, owner: Any) -> None:
             del module._patch_site
             return
     # else another library holds our forward inside its own: it stays there, empty, and passes through
+
+
+@contextmanager
+def bare(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it these modules run without their arounds."""
+    sites = {id(site): site for module in modules if (site := vars(module).get("_patch_site")) is not None}
+    lifted = [(site, site.arounds) for site in sites.values()]
+    try:
+        for site, _ in lifted:
+            site.arounds = []
+        yield
+    finally:
+        for site, arounds in lifted:
+            site.arounds = arounds
+
+
+def underneath(module: nn.Module, *args, **kwargs):
+    """The forward of a patched module, below all of its arounds."""
+    return _call(module, len(module._patch_site.arounds), args, kwargs)
 
 
 def _patched_forward(module: nn.Module, *args, **kwargs):

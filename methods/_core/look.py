@@ -1,0 +1,54 @@
+"""What a transformer makes of its inputs before its first block attends, for methods that decide from it."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from methods._core.denoiser import Denoiser
+from methods._core.site import bare, underneath
+
+
+class _Reached(Exception):
+    def __init__(self, x: Tensor):
+        self.x = x
+
+
+@torch.no_grad()
+def modulated_input(denoiser: Denoiser, inputs: dict[str, Any], patched: Iterable[nn.Module]) -> Tensor:
+    """What the self-attention of the first block is called with for these inputs: its tokens (B, N, C), normed, shifted and
+    scaled; of two streams those of the image.
+
+    The model runs its own embedders and the first norm, as if nothing stood around the modules of `patched`, and stops there.
+    """
+    skipped = denoiser.left_out(inputs)
+    block = next(block for block in denoiser.blocks if id(block.module) not in skipped)
+
+    def reach(*args, **kwargs):
+        raise _Reached(args[0] if args else kwargs["hidden_states"])
+
+    own = {name: dict(value) if isinstance(value, dict) else value for name, value in inputs.items()}     # models pop from them
+    with bare(patched), _called(block.module, block.module.forward), _called(block.attn, reach):
+        try:
+            underneath(denoiser.model, **own)
+        except _Reached as reached:
+            return reached.x
+    raise RuntimeError(f"the first block of this {type(denoiser.model).__name__} was not reached")
+
+
+@contextmanager
+def _called(module: nn.Module, function: Callable) -> Iterator[None]:
+    """Within it a call of `module` is one of `function`, past what was compiled: no exception gets out of a graph."""
+    there = "_compiled_call_impl" in vars(module)
+    compiled = module._compiled_call_impl
+    module._compiled_call_impl = function
+    try:
+        yield
+    finally:
+        if there:
+            module._compiled_call_impl = compiled
+        else:
+            del module._compiled_call_impl
