@@ -1,13 +1,16 @@
 """What a patch keeps from one step to another, and the arounds that give it again in place of computing it."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from accel_kernels.rows import gather_rows, scatter_rows
+from methods._core.denoiser import Block
 
 
 class Slot:
@@ -141,6 +144,62 @@ class Deep:
 
 def _no_channels(x: Any) -> Any:
     return tuple(map(_no_channels, x)) if isinstance(x, tuple) else x[:, :0].clone()
+
+
+class Delta:
+    """Around blocks that follow each other: keeps what they add to their streams together, or adds that in place of them all.
+
+    The host sets `reuse`, and `keeps` where not every delta is needed, before each call of the denoiser; it refuses calls
+    of which `Denoiser.adds_between` is true. Nothing is kept of a call that passes over the first or the last block.
+    """
+
+    def __init__(self, slot: Slot, blocks: Iterable[Block]):
+        self.slot, self.blocks = slot, tuple(blocks)
+        self.keeps = True
+        self._reuse = False
+        self._start: tuple[Tensor, Tensor | None] | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to add."""
+        return self.slot.value is not None
+
+    @property
+    def reuse(self) -> bool:
+        return self._reuse
+
+    @reuse.setter
+    def reuse(self, reuse: bool) -> None:
+        self._reuse, self._start = reuse, None
+
+    def arounds(self) -> Iterator[tuple[nn.Module, Callable]]:
+        """The modules to stand around, with what stands there, outermost first."""
+        for block in self.blocks:
+            yield block.module, functools.partial(self._enter if block is self.blocks[0] else self._pass, block)
+        yield self.blocks[-1].module, functools.partial(self._leave, self.blocks[-1])
+
+    def _enter(self, block: Block, forward, *args, **kwargs):
+        streams = block.streams(args, kwargs)
+        if self._reuse:
+            return block.output(*(x if more is None else x + more for x, more in zip(streams, self.slot.get(), strict=True)))
+        if self.keeps:
+            self._start = streams
+        return forward(*args, **kwargs)
+
+    def _pass(self, block: Block, forward, *args, **kwargs):
+        return block.output(*block.streams(args, kwargs)) if self._reuse else forward(*args, **kwargs)
+
+    def _leave(self, block: Block, forward, *args, **kwargs):
+        out = forward(*args, **kwargs)
+        if self._start is not None:
+            self.slot.keep(tuple(None if y is None else y - x for y, x in zip(block.split(out), self._start, strict=True)))
+            self._start = None
+        return out
+
+
+def chains(blocks: Iterable[Block]) -> list[list[Block]]:
+    """Blocks in execution order, parted where the model lays its tokens out anew between two of them."""
+    return [list(chain) for _, chain in itertools.groupby(blocks, key=lambda block: block.temporal)]
 
 
 class Rows:

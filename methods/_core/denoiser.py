@@ -124,6 +124,11 @@ class Denoiser:
         layers = inputs.get("skip_layers") or ()
         return {id(part) for block in self.blocks if block.index in layers for part in block.module.modules()}
 
+    @staticmethod
+    def adds_between(inputs: dict[str, Any]) -> bool:
+        """Whether the inputs hold what the model adds to its tokens between two blocks (residuals of a ControlNet)."""
+        return any("controlnet" in name and value is not None for name, value in inputs.items())
+
     @property
     def parts(self) -> list[nn.Module]:
         """What has an output that a patch may store or shorten: branches of blocks, and stages, layers, samplers of a UNet."""

@@ -1,0 +1,103 @@
+"""What is kept from step to step, and the arounds that give it again."""
+import pytest
+import torch
+from families import FAMILIES, Family
+
+from methods._core.cache import Delta, chains
+from methods._core.denoiser import describe
+from methods._core.patch import Patch
+
+CHAINED = [family for family in FAMILIES.values() if not describe(Family.model(family.pipe())).unet]
+
+
+def spanning(pipe, first, last):
+    """A patch that runs blocks `first` to `last` in every second step and adds their delta in the others."""
+    patch = Patch(pipe, "spanning")
+    patch.deltas = [Delta(patch.slot(), chain) for chain in chains(patch.denoiser.blocks[first:last + 1])]
+    for delta in patch.deltas:
+        for module, around in delta.arounds():
+            patch.around(module, around)
+
+    def decide(context):
+        for delta in patch.deltas:
+            delta.reuse = delta.ready and context.i % 2 > 0
+
+    patch.each_call(decide)
+    return patch.on()
+
+
+def met(modules):
+    """How often the norm of each block really runs, below whatever patches it carries."""
+    calls = [0] * len(modules)
+    for i, module in enumerate(modules):
+        module.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    return calls
+
+
+@pytest.mark.parametrize("family", CHAINED, ids=lambda family: family.name)
+def test_a_span_runs_where_its_delta_is_not_added(family):
+    pipe = family.pipe()
+    blocks = describe(Family.model(pipe)).blocks
+    calls = met([block.norm for block in blocks])
+    with spanning(pipe, 1, len(blocks) - 2):
+        out = family.run(pipe, steps=5)
+    assert calls == [5, *[3] * (len(blocks) - 2), 5]
+    assert not torch.equal(out, family.run(family.pipe(), steps=5))
+
+
+@pytest.mark.parametrize("family", CHAINED, ids=lambda family: family.name)
+@pytest.mark.parametrize("first, last", [(0, -1), (0, 0), (1, -1), (0, 1)])
+def test_the_same_call_again_gives_the_same(family, first, last):
+    """With unchanged inputs a delta is exact, in every layout and with both streams."""
+    pipe, seen, outs = family.pipe(), [], []
+    model = Family.model(pipe)
+    handle = model.register_forward_pre_hook(lambda m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    family.run(pipe, steps=1)
+    handle.remove()
+    args, kwargs = seen[0]
+    with spanning(model, first, last % len(describe(model).blocks)) as patch:
+        for _ in range(2):
+            outs.append(model(*args, **kwargs | {"return_dict": False})[0])
+        assert all(delta.reuse for delta in patch.deltas)
+    torch.testing.assert_close(outs[0], outs[1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_delta_is_what_was_added_and_not_what_came_out():
+    """Blocks that take 3 to 5 keep 2: where 3.5 comes next, 5.5 comes out."""
+    model = FAMILIES["dit"].pipe().transformer
+    patch, entered, left = Patch(model, "toy"), [], []
+    delta = Delta(patch.slot(), patch.denoiser.blocks)
+    steps = {3.0: 3.5, 3.5: 4.25, 4.25: 5.0}
+
+    def block(x, **_):
+        entered.append(float(x[0, 0, 0]))
+        return torch.full_like(x, steps[entered[-1]])
+
+    for module, around in delta.arounds():
+        patch.around(module, around)
+    for each in patch.denoiser.blocks:
+        each.module.forward = block
+    model.norm_out.register_forward_pre_hook(lambda m, args: left.append(float(args[0][0, 0, 0])))
+    patch.each_call(lambda context: setattr(delta, "reuse", delta.ready))
+    with patch.on():
+        for start in (3.0, 3.5):
+            model.pos_embed.forward = lambda x, start=start: torch.full((1, 4, 32), start)
+            model(torch.zeros(1, 4, 4, 4), torch.tensor([10]), torch.tensor([3]))
+    assert entered == [3.0, 3.5, 4.25] and left == [5.0, 5.5]
+
+
+@pytest.mark.parametrize("layer, reused", [(0, {(0,)}), (1, {(0,), (1,)}), (2, {(0,)})])
+def test_no_delta_is_kept_of_a_call_that_passes_over_an_end_of_the_span(layer, reused):
+    family, seen = FAMILIES["sd3"], []
+    pipe = family.pipe()
+    with spanning(pipe, 0, 2) as patch:
+        patch.each_call(lambda context: seen.append((context.branch, patch.deltas[0].reuse)))
+        out = family.run(pipe, skip_guidance_layers=[layer], skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0)
+    assert out.isfinite().all() and {branch for branch, _ in seen} == {(0,), (1,)}
+    assert {branch for branch, reuse in seen if reuse} == reused
+
+
+def test_blocks_are_chained_where_tokens_stay_as_they_lie():
+    found = {family.name: chains(describe(Family.model(family.pipe())).blocks) for family in CHAINED}
+    assert {name: list(map(len, chain)) for name, chain in found.items()} == {
+        "dit": [3], "pixart": [3], "sd3": [3], "flux": [4], "latte": [1] * 4, "cogvideox": [3]}
