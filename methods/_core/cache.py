@@ -100,10 +100,18 @@ class Reuse:
     def around(self, forward, *args, **kwargs):
         turn, self.turn = self.turn, self.turn + 1
         if self._reuse:
-            return self.slots[turn % len(self.slots)].get()
+            return self.give(self.slots[turn % len(self.slots)])
         if turn == len(self.slots):
             self.slots.append(self.slot())
-        return self.slots[turn].keep(forward(*args, **kwargs))
+        return self.store(self.slots[turn], forward(*args, **kwargs))
+
+    def store(self, slot: Slot, out: Any) -> Any:
+        """Keep what the module gave, or what is made of it. -> out"""
+        return slot.keep(out)
+
+    def give(self, slot: Slot) -> Any:
+        """In place of what the module would give."""
+        return slot.get()
 
 
 class Mute:
