@@ -1,7 +1,6 @@
 """What a patch keeps from one step to another, and the arounds that give it again in place of computing it."""
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -157,15 +156,20 @@ def _no_channels(x: Any) -> Any:
 class Delta:
     """Around blocks that follow each other: keeps what they add to their streams together, or adds that in place of them all.
 
-    The host sets `reuse`, and `keeps` where not every delta is needed, before each call of the denoiser; it refuses calls
-    of which `Denoiser.adds_between` is true. Nothing is kept of a call that passes over the first or the last block.
+    The host sets `reuse` before each call of the denoiser, and refuses calls of which `Denoiser.adds_between` is true. A call
+    that does not reuse forgets what was kept; nothing is kept of one that passes over the first or the last of the blocks.
     """
 
     def __init__(self, slot: Slot, blocks: Iterable[Block]):
-        self.slot, self.blocks = slot, tuple(blocks)
-        self.keeps = True
+        self.slot, self.parts = slot, [_Part(self, block) for block in blocks]
+        self.start: tuple[Tensor, Tensor | None] | None = None
         self._reuse = False
-        self._start: tuple[Tensor, Tensor | None] | None = None
+        self.choose(range(self.parts[-1].block.index + 1))
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Those chosen."""
+        return [part.block for part in self.chosen]
 
     @property
     def ready(self) -> bool:
@@ -178,30 +182,42 @@ class Delta:
 
     @reuse.setter
     def reuse(self, reuse: bool) -> None:
-        self._reuse, self._start = reuse, None
+        self._reuse, self.start = reuse, None
+        for part in self.chosen:
+            part.skip = reuse
+        if not reuse:
+            self.slot.value = None
+
+    def choose(self, span: range) -> None:
+        """Take only those blocks that have an index in `span`, perhaps none, in this call and the following ones."""
+        self.chosen = [part for part in self.parts if part.block.index in span]
+        for part in self.parts:
+            part.skip, part.first, part.last = False, part in self.chosen[:1], part in self.chosen[-1:]
 
     def arounds(self) -> Iterator[tuple[nn.Module, Callable]]:
-        """The modules to stand around, with what stands there, outermost first."""
-        for block in self.blocks:
-            yield block.module, functools.partial(self._enter if block is self.blocks[0] else self._pass, block)
-        yield self.blocks[-1].module, functools.partial(self._leave, self.blocks[-1])
+        """The modules to stand around, with what stands there."""
+        return ((part.block.module, part.around) for part in self.parts)
 
-    def _enter(self, block: Block, forward, *args, **kwargs):
-        streams = block.streams(args, kwargs)
-        if self._reuse:
-            return block.output(*(x if more is None else x + more for x, more in zip(streams, self.slot.get(), strict=True)))
-        if self.keeps:
-            self._start = streams
-        return forward(*args, **kwargs)
 
-    def _pass(self, block: Block, forward, *args, **kwargs):
-        return block.output(*block.streams(args, kwargs)) if self._reuse else forward(*args, **kwargs)
+class _Part:
+    """One block of a `Delta`: run, or left out. The delta is added behind the first of them."""
 
-    def _leave(self, block: Block, forward, *args, **kwargs):
+    def __init__(self, delta: Delta, block: Block):
+        self.delta, self.block = delta, block
+        self.skip = self.first = self.last = False          # set by the host
+
+    def around(self, forward, *args, **kwargs):
+        streams, slot = self.block.streams(args, kwargs), self.delta.slot
+        if self.skip and self.first:                        # the sum lies in memory as its first term, the kept delta
+            streams = (x if more is None else more + x for x, more in zip(streams, slot.get(), strict=True))
+        if self.skip:
+            return self.block.output(*streams)
+        if self.first:
+            self.delta.start = tuple(x if x is None else x.contiguous() for x in streams)       # the last compiles once then
         out = forward(*args, **kwargs)
-        if self._start is not None:
-            self.slot.keep(tuple(None if y is None else y - x for y, x in zip(block.split(out), self._start, strict=True)))
-            self._start = None
+        if self.last and self.delta.start is not None:
+            old, self.delta.start = self.delta.start, None
+            slot.keep(tuple(None if y is None else y - x for y, x in zip(self.block.split(out), old, strict=True)))
         return out
 
 

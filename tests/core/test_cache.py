@@ -10,6 +10,11 @@ from methods._core.patch import Patch
 CHAINED = [family for family in FAMILIES.values() if not describe(Family.model(family.pipe())).unet]
 
 
+def call(model):
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    return model(x, torch.tensor([10, 10]), torch.tensor([3, 4])).sample
+
+
 def spanning(pipe, first, last):
     """A patch that runs blocks `first` to `last` in every second step and adds their delta in the others."""
     patch = Patch(pipe, "spanning")
@@ -101,3 +106,34 @@ def test_blocks_are_chained_where_tokens_stay_as_they_lie():
     found = {family.name: chains(describe(Family.model(family.pipe())).blocks) for family in CHAINED}
     assert {name: list(map(len, chain)) for name, chain in found.items()} == {
         "dit": [3], "pixart": [3], "sd3": [3], "flux": [4], "latte": [1] * 4, "cogvideox": [3]}
+
+
+def test_another_span_may_be_chosen_for_each_call():
+    """What was kept of one span is never added in place of another."""
+    model = FAMILIES["dit"].pipe().transformer
+    patch = Patch(model, "choosing")
+    delta, spans, ran = Delta(patch.slot(), patch.denoiser.blocks), iter([range(2), range(2), range(1, 3), range(1, 3)]), []
+    for module, around in delta.arounds():
+        patch.around(module, around)
+    for block in patch.denoiser.blocks:
+        block.norm.register_forward_hook(lambda *_, i=block.index: ran.append(i))
+
+    def decide(context):
+        delta.choose(next(spans))
+        delta.reuse = delta.ready and context.i % 2 > 0
+
+    patch.each_call(decide)
+    with patch.on():
+        outs = [call(model) for _ in range(4)]
+    assert ran == [0, 1, 2, 2, 0, 1, 2, 0] and delta.blocks == list(patch.denoiser.blocks[1:])
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_delta_may_be_kept_in_half_precision():
+    pipe = FAMILIES["sd3"].pipe()
+    with spanning(pipe, 0, 1) as patch:
+        FAMILIES["sd3"].run(pipe)
+        whole = patch.report()["cached_bytes"]
+        patch.limit(dtype=torch.bfloat16)
+        assert FAMILIES["sd3"].run(pipe).isfinite().all() and patch.report()["cached_bytes"] == whole / 2 > 0
