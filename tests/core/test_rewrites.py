@@ -29,8 +29,14 @@ def halving(pipe, k):
     return patch.on()
 
 
+def guides(method, family):
+    """Whether the method itself says which branches of guidance run, and so cannot stack with the halving."""
+    with method.apply(family.pipe(), contract.engaging(method)) as patch:
+        return any(claim == Claim.GUIDANCE for claim, _ in patch.rewrites)
+
+
 GUIDED = [(method, family, k) for method in contract.patches() for family in contract.working(method) for k in (1, 3, 5)
-          if family.name != "flux" and contract.slug(method) != "tome_binding"
+          if family.name != "flux" and contract.slug(method) != "tome_binding" and not guides(method, family)
           and (k == 3 or family.name in contract.ARCHETYPES or "EVERYTHING" in os.environ)]
 
 
