@@ -18,11 +18,10 @@ Departures
     Outputs are kept wherever they are computed, so that the gate finds one even if another cache skipped the module then.
     Of a run without guidance the cache is kept whole. The official code halves it there, unless told of a consistency model,
     and so fails on one image and mixes the prompts of two.
-    A step is one evaluation of the model. The official code sets its schedule at every second one of a second-order solver,
-    and its PixArt pipelines drop guidance a step away from where they shrink the caches.
-    It also replaces the forward of attentions by one of its own, without scale of LoRA and image adapters; here modules
-    keep theirs. Its DeepCache variant for SDXL means to switch the reuse of self-attention off and, by a misspelt name, does
-    not; here `sp_interval=1` does.
+    A step is one evaluation of the model. The official code moves on at every second one of a second-order solver.
+    It also gives attentions a forward of its own, which knows no scale of a LoRA and no image adapter; here they keep
+    theirs. Its DeepCache variant for SDXL means to switch the reuse of self-attention off and, by a misspelt name, does not;
+    here `sp_interval=1` does.
     The official code covers Stable Diffusion, SDXL, PixArt and SVD. On Latte temporal self-attention is treated as spatial.
 
 Example

@@ -174,3 +174,29 @@ def test_a_model_without_cross_attention_is_refused(name):
     with pytest.raises(ValueError, match="has no cross-attention"):
         tgate_v2.apply(pipe)
     assert "_patch_site" not in vars(Family.model(pipe))
+
+
+class Official:
+    """A pipeline whose call is that of the released package."""
+
+    def __init__(self, pipe, loader, config):
+        loader(pipe)
+        self.pipe, self.config = pipe, config
+        setattr(self, "unet" if hasattr(pipe, "unet") else "transformer", Family.model(pipe))
+
+    def __call__(self, **setting):
+        config = self.config
+        return self.pipe.tgate(**setting, gate_step=config.gate, sp_interval=config.sp_interval,
+                               fi_interval=config.fi_interval, warm_up=config.warm_up)
+
+
+@pytest.mark.parametrize("config", [Config(gate=4, sp_interval=3, fi_interval=2, warm_up=1), Config(gate=1, sp_interval=1)])
+@pytest.mark.parametrize("name, loader", [("unet", "TgateSDLoader"), ("sdxl", "TgateSDXLLoader"),
+                                          ("pixart", "TgatePixArtAlphaLoader")])
+def test_equals_the_official_package(name, loader, config):
+    package = pytest.importorskip("tgate")
+    family, setting = FAMILIES[name], dict(steps=9, size=(40, 24), batch=2)
+    pipe = family.pipe()
+    with tgate_v2.apply(pipe, config):
+        ours = family.run(pipe, **setting)
+    assert torch.equal(ours, family.run(Official(family.pipe(), getattr(package, loader), config), **setting))
