@@ -9,7 +9,7 @@ from families import FAMILIES, Family
 
 from methods._core.context import Rewrite, Rows, given
 from methods._core.patch import Patch
-from methods._core.site import Claim
+from methods._core.site import Claim, conflict
 
 STEPS = 6
 
@@ -30,13 +30,13 @@ def halving(pipe, k):
 
 
 def guides(method, family):
-    """Whether the method itself says which branches of guidance run, and so cannot stack with the halving."""
+    """Whether the method itself decides which branches of guidance run, and so cannot stack with the halving."""
     with method.apply(family.pipe(), contract.engaging(method)) as patch:
-        return any(claim == Claim.GUIDANCE for claim, _ in patch.rewrites)
+        return any(conflict(claim, "", Claim.GUIDANCE, "") for claim, _ in patch.rewrites)
 
 
 GUIDED = [(method, family, k) for method in contract.patches() for family in contract.working(method) for k in (1, 3, 5)
-          if family.name != "flux" and contract.slug(method) != "tome_binding" and not guides(method, family)
+          if family.name != "flux" and not guides(method, family)
           and (k == 3 or family.name in contract.ARCHETYPES or "EVERYTHING" in os.environ)]
 
 
