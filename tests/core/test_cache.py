@@ -113,6 +113,7 @@ def test_another_span_may_be_chosen_for_each_call():
     model = FAMILIES["dit"].pipe().transformer
     patch = Patch(model, "choosing")
     delta, spans, ran = Delta(patch.slot(), patch.denoiser.blocks), iter([range(2), range(2), range(1, 3), range(1, 3)]), []
+    ready = []
     for module, around in delta.arounds():
         patch.around(module, around)
     for block in patch.denoiser.blocks:
@@ -121,10 +122,12 @@ def test_another_span_may_be_chosen_for_each_call():
     def decide(context):
         delta.choose(next(spans))
         delta.reuse = delta.ready and context.i % 2 > 0
+        ready.append(delta.ready)
 
     patch.each_call(decide)
     with patch.on():
         outs = [call(model) for _ in range(4)]
+    assert ready == [False, True, False, True]                     # a call that computes forgets before it begins
     assert ran == [0, 1, 2, 2, 0, 1, 2, 0] and delta.blocks == list(patch.denoiser.blocks[1:])
     for out in outs[1:]:
         torch.testing.assert_close(out, outs[0], atol=1e-4, rtol=1e-4)
