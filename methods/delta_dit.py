@@ -1,4 +1,4 @@
-"""Delta-DiT - ∆-DiT: A Training-Free Acceleration Method Tailored for Diffusion Transformers
+"""∆-DiT - ∆-DiT: A Training-Free Acceleration Method Tailored for Diffusion Transformers
 
 Pengtao Chen, Mingzhu Shen, Peng Ye, Jianjian Cao, Chongjun Tu, Christos-Savvas Bouganis, Yiren Zhao, Tao Chen, arXiv 2024.
 arXiv:2406.01125.

@@ -1,7 +1,7 @@
 """T-GATE v2 - Faster Diffusion via Temporal Attention Decomposition
 
 Haozhe Liu, Wentian Zhang, Jinheng Xie, Francesco Faccio, Mengmeng Xu, Tao Xiang, Mike Zheng Shou, Juan-Manuel Perez-Rua,
-Jürgen Schmidhuber, TMLR 2025. arXiv:2404.02747. Code: HaozheLiu-ST/T-GATE
+Jürgen Schmidhuber, TMLR 2025. arXiv:2404.02747v2. Code: HaozheLiu-ST/T-GATE
 
 Idea: the text plans the image in the early steps and hardly matters later, for self-attention it is the other way round. Up
 to a gate self-attention is computed every k-th step only; from the gate on cross-attention stays what it was, and with the
@@ -10,7 +10,7 @@ text gone so is guidance: the model runs on the null prompt alone.
 Map
     semantics planning     self-attention up to the gate, every k-th step         computes
     gate                   caches shrink to the mean of both guidance halves      mean_of_halves
-    fidelity improving     cross-attention reused, one half of the batch          apply.drop_guidance
+    fidelity improving     cross-attention reused, one half of the batch          apply
     fidelity improving     self-attention every f-th step                         computes
     cache                  outputs behind the projection, before the residual     methods._core.cache.Reuse
 
