@@ -123,39 +123,6 @@ class _Agents(Reduction):
         return torch.cat([out, torch.zeros_like(a)], 2)
 
 
-def apply(target: Any, config: Config = Config()) -> Patch:
-    """Attend through agents in the first steps and merge tokens in all, in every self-attention over image tokens.
-
-    Args:
-        target: a diffusers pipeline.
-
-    Raises:
-        ValueError: a bare model (the share needs the number of steps), no self-attention over image tokens alone at that
-            downsampling, or already applied.
-    """
-    patch = Patch(target, "agent_attention")
-    if config.ratio == 0 and config.agent_share == 0:
-        return patch
-    blocks = patch.blocks_at(config.max_downsample, lambda b: b.stream == "image", " over image tokens alone")
-    patch.require_pipeline()
-
-    def prepare(context: StepContext) -> Callable:
-        early = context.i < round(config.agent_share * context.steps, 9)
-        stride = config.stride if early else config.late_stride
-        random = context.random(config.seed) if config.random else None
-
-        def ready(layer: _Agents, grid: tuple[int, int, int]) -> int:
-            layer.src, layer.dst = partition(grid, stride, random, context.sample.device)
-            N = len(layer.src) + len(layer.dst)
-            layer.r, layer.agent_r = (reduction(N, len(layer.dst), ratio) for ratio in (config.ratio, config.agent_ratio))
-            layer.engaged = early and 2 * (N - layer.agent_r) < N - layer.r
-            patch.counts["agents" if layer.engaged else "merged"] += 1
-            return layer.agent_r if layer.engaged else layer.r
-        return ready
-
-    return reduce_all(patch, [_Agents(block, config) for block in blocks], prepare)
-
-
 class AgentAttention(nn.Module):
     """The trained module: agents are queries pooled to a square grid; both softmaxes carry position biases.
 
@@ -209,3 +176,36 @@ class AgentAttention(nn.Module):
         gathered = F.scaled_dot_product_attention(a, k, v, attn_mask=first)
         out = F.scaled_dot_product_attention(q, a, gathered, attn_mask=second).transpose(1, 2).flatten(2)
         return self.proj(out + F.pad(dwc, (0, 0, self.extra, 0)))
+
+
+def apply(target: Any, config: Config = Config()) -> Patch:
+    """Attend through agents in the first steps and merge tokens in all, in every self-attention over image tokens.
+
+    Args:
+        target: a diffusers pipeline.
+
+    Raises:
+        ValueError: a bare model (the share needs the number of steps), no self-attention over image tokens alone at that
+            downsampling, or already applied.
+    """
+    patch = Patch(target, "agent_attention")
+    if config.ratio == 0 and config.agent_share == 0:
+        return patch
+    blocks = patch.blocks_at(config.max_downsample, lambda b: b.stream == "image", " over image tokens alone")
+    patch.require_pipeline()
+
+    def prepare(context: StepContext) -> Callable:
+        early = context.i < round(config.agent_share * context.steps, 9)
+        stride = config.stride if early else config.late_stride
+        random = context.random(config.seed) if config.random else None
+
+        def ready(layer: _Agents, grid: tuple[int, int, int]) -> int:
+            layer.src, layer.dst = partition(grid, stride, random, context.sample.device)
+            N = len(layer.src) + len(layer.dst)
+            layer.r, layer.agent_r = (reduction(N, len(layer.dst), ratio) for ratio in (config.ratio, config.agent_ratio))
+            layer.engaged = early and 2 * (N - layer.agent_r) < N - layer.r
+            patch.counts["agents" if layer.engaged else "merged"] += 1
+            return layer.agent_r if layer.engaged else layer.r
+        return ready
+
+    return reduce_all(patch, [_Agents(block, config) for block in blocks], prepare)

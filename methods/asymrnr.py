@@ -170,53 +170,6 @@ class _Attention:
         return self.block.joined(self.reduce(plan, image.flatten(0, 1)).unflatten(0, x.shape[:2]), text)
 
 
-def apply(target: Any, config: Config = Config()) -> Patch:
-    """Reduce queries, and keys with values, in the self-attention of every block at full resolution.
-
-    Args:
-        target: a diffusers pipeline, or its UNet or transformer; with `config.tiers`, a pipeline.
-
-    Raises:
-        ValueError: no such block, tiers for another number of blocks, a bare model with tiers, or already applied.
-    """
-    patch = Patch(target, "asymrnr")
-    if not (config.q or config.v):
-        return patch
-    blocks = patch.blocks_at(1)
-    if config.tiers is not None:
-        patch.require_pipeline()
-        for name, table in config.tiers.items():
-            if len(table) != len(blocks):
-                raise ValueError(f"tiers[{name!r}] has {len(table)} rows for {len(blocks)} blocks")
-    attentions = [_Attention(block, (patch.slot(), patch.slot()), config.mean) for block in blocks]
-    for attention in attentions:
-        patch.attend(attention.block.attn, attention.attend)
-
-    def decide(context: StepContext) -> None:
-        for number, attention in enumerate(attentions):
-            grid = patch.denoiser.grid(context.inputs, attention.block)
-            attention.tokens = math.prod(grid)
-            for name, matched in (("q", attention.q), ("v", attention.v)):
-                if context.i % config.window == 0:
-                    matched.slot.value = None
-                place = context.i // config.window, grid, context.sample.device
-                if matched.place != place:
-                    random = torch.Generator().manual_seed(
-                        ((config.seed * 1_000_003 + place[0]) * 1009 + number) * 2 + (name == "v"))
-                    matched.dst, matched.src = (part.to(place[2]) for part in cells(grid, config.stride, random))
-                    matched.place = place
-                share = ratio(getattr(config, name), _tier(config.tiers, name, number, context))
-                matched.r = len(matched.src) - kept(attention.tokens, len(matched.dst), share) if share else 0
-                if patch.reaches(attention.block.attn):
-                    patch.tally(matched.r, attention.tokens)
-                    if matched.r:
-                        patch.counts["queries" if name == "q" else "values"] += 1
-
-    patch.each_call(decide)
-    patch.explain(lambda: "no tier reaches the least threshold")
-    return patch.on()
-
-
 def _tier(table: Tiers | None, name: str, block: int, context: StepContext) -> int:
     """The tier of this step; a run of another length than the measured one is read in proportion. 9 without any tiers, 0 for
     a feature that they leave out."""
@@ -268,3 +221,50 @@ def measure(pipe: Any, run: Callable[[], Any], config: Config = Config()) -> Tie
         run()
     return {name: tiers(torch.tensor([[torch.stack(steps[i]).mean() for i in sorted(steps)] for steps in found]), config.window)
             for name, found in seen.items()}
+
+
+def apply(target: Any, config: Config = Config()) -> Patch:
+    """Reduce queries, and keys with values, in the self-attention of every block at full resolution.
+
+    Args:
+        target: a diffusers pipeline, or its UNet or transformer; with `config.tiers`, a pipeline.
+
+    Raises:
+        ValueError: no such block, tiers for another number of blocks, a bare model with tiers, or already applied.
+    """
+    patch = Patch(target, "asymrnr")
+    if not (config.q or config.v):
+        return patch
+    blocks = patch.blocks_at(1)
+    if config.tiers is not None:
+        patch.require_pipeline()
+        for name, table in config.tiers.items():
+            if len(table) != len(blocks):
+                raise ValueError(f"tiers[{name!r}] has {len(table)} rows for {len(blocks)} blocks")
+    attentions = [_Attention(block, (patch.slot(), patch.slot()), config.mean) for block in blocks]
+    for attention in attentions:
+        patch.attend(attention.block.attn, attention.attend)
+
+    def decide(context: StepContext) -> None:
+        for number, attention in enumerate(attentions):
+            grid = patch.denoiser.grid(context.inputs, attention.block)
+            attention.tokens = math.prod(grid)
+            for name, matched in (("q", attention.q), ("v", attention.v)):
+                if context.i % config.window == 0:
+                    matched.slot.value = None
+                place = context.i // config.window, grid, context.sample.device
+                if matched.place != place:
+                    random = torch.Generator().manual_seed(
+                        ((config.seed * 1_000_003 + place[0]) * 1009 + number) * 2 + (name == "v"))
+                    matched.dst, matched.src = (part.to(place[2]) for part in cells(grid, config.stride, random))
+                    matched.place = place
+                share = ratio(getattr(config, name), _tier(config.tiers, name, number, context))
+                matched.r = len(matched.src) - kept(attention.tokens, len(matched.dst), share) if share else 0
+                if patch.reaches(attention.block.attn):
+                    patch.tally(matched.r, attention.tokens)
+                    if matched.r:
+                        patch.counts["queries" if name == "q" else "values"] += 1
+
+    patch.each_call(decide)
+    patch.explain(lambda: "no tier reaches the least threshold")
+    return patch.on()

@@ -179,42 +179,6 @@ def _layers(patch: Patch, window: float) -> list[_Layer]:
     return [_Layer(patch, block, window) for block in blocks]
 
 
-def apply(target: Any, config: Config = Config()) -> Patch:
-    """Compress the self-attention of every block by the plan.
-
-    Blocks that compile have a graph for each method, and for "full" and "guidance" with a residual and without: with more than
-    four of the seven, torch._dynamo.config.recompile_limit must be above its default of 8.
-
-    Args:
-        target: a diffusers pipeline.
-
-    Raises:
-        ValueError: no self-attention, a plan for another number of blocks, a bare model (the plan goes by the steps of a run),
-            or already applied. While it runs: an attention with a mask has no band.
-    """
-    patch = Patch(target, "ditfastattn")
-    if config.plan and set().union(*config.plan) == {"full"}:
-        return patch
-    layers = _layers(patch, config.window)
-    plan = config.plan and [row * len(layers) if len(row) == 1 else row for row in config.plan]
-    for row in plan or ():
-        if len(row) != len(layers):
-            raise ValueError(f"ditfastattn: the plan has {len(row)} blocks, this {type(patch.model).__name__} {len(layers)}")
-
-    def decide(context: StepContext) -> None:
-        steps = range(context.steps)
-        for n, layer in enumerate(layers):
-            column = [plan[i * len(plan) // len(steps)][n] if plan else CYCLE[i % len(CYCLE)] for i in steps]
-            word = layer.set(column[context.i], context, needs_residual(column, context.i))
-            patch.skips([layer.block.attn] if word == "share" else ())
-            patch.counts[word] += 1
-            patch.tally(1 - layer.cost, 1)
-
-    patch.each_call(decide)
-    patch.explain(lambda: "the plan compresses no step of this run")
-    return patch.on()
-
-
 def calibrate(pipe: Any, run: Callable[[], Any], *, delta: float = 0.05, config: Config = Config(),
               journal: Path | None = None, save: Path | None = None, tell: Callable[[str], None] | None = None) -> Plan:
     """Search: the plan of a model for its number of steps, from one run in which every step tries the methods block by block.
@@ -275,3 +239,39 @@ def calibrate(pipe: Any, run: Callable[[], Any], *, delta: float = 0.05, config:
     if save is not None:
         save.write_text(json.dumps(plan) + "\n")
     return plan
+
+
+def apply(target: Any, config: Config = Config()) -> Patch:
+    """Compress the self-attention of every block by the plan.
+
+    Blocks that compile have a graph for each method, and for "full" and "guidance" with a residual and without: with more than
+    four of the seven, torch._dynamo.config.recompile_limit must be above its default of 8.
+
+    Args:
+        target: a diffusers pipeline.
+
+    Raises:
+        ValueError: no self-attention, a plan for another number of blocks, a bare model (the plan goes by the steps of a run),
+            or already applied. While it runs: an attention with a mask has no band.
+    """
+    patch = Patch(target, "ditfastattn")
+    if config.plan and set().union(*config.plan) == {"full"}:
+        return patch
+    layers = _layers(patch, config.window)
+    plan = config.plan and [row * len(layers) if len(row) == 1 else row for row in config.plan]
+    for row in plan or ():
+        if len(row) != len(layers):
+            raise ValueError(f"ditfastattn: the plan has {len(row)} blocks, this {type(patch.model).__name__} {len(layers)}")
+
+    def decide(context: StepContext) -> None:
+        steps = range(context.steps)
+        for n, layer in enumerate(layers):
+            column = [plan[i * len(plan) // len(steps)][n] if plan else CYCLE[i % len(CYCLE)] for i in steps]
+            word = layer.set(column[context.i], context, needs_residual(column, context.i))
+            patch.skips([layer.block.attn] if word == "share" else ())
+            patch.counts[word] += 1
+            patch.tally(1 - layer.cost, 1)
+
+    patch.each_call(decide)
+    patch.explain(lambda: "the plan compresses no step of this run")
+    return patch.on()

@@ -246,6 +246,12 @@ class _Merge(Reduction):
         return torch.cat([out[:, :words], plan.restore(out[:, words:])], 1)
 
 
+def _stage(denoiser: Denoiser, block: Block) -> int:
+    """The stage of a UNet that holds the block: blocks before and after the middle are of different kinds. 0 elsewhere."""
+    holds = [any(part is block.module for part in stage.module.modules()) for stage in denoiser.unet]
+    return holds.index(True) if holds else 0
+
+
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Merge around the self-attention of every block whose grid is at most `config.max_downsample` times coarser.
 
@@ -288,9 +294,3 @@ def apply(target: Any, config: Config = Config()) -> Patch:
 
     patch.each_call(prepare)
     return patch.on()
-
-
-def _stage(denoiser: Denoiser, block: Block) -> int:
-    """The stage of a UNet that holds the block: blocks before and after the middle are of different kinds. 0 elsewhere."""
-    holds = [any(part is block.module for part in stage.module.modules()) for stage in denoiser.unet]
-    return holds.index(True) if holds else 0
