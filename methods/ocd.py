@@ -88,6 +88,7 @@ class Config:
 
 
 OFF = Config(phi=1, ratio=0.0)
+KEY = 1 / 8                     # of what a token costs in a block, about what a merged key saves of it
 
 
 def foreground(config: Config, frames: int, height: int, width: int) -> Tensor:
@@ -204,11 +205,11 @@ def apply(target: Any, config: Config = Config()) -> Patch:
             if patch.reaches(merge.block.attn):
                 r = merge.cut[3] if merge.cut else 0
                 patch.counts["merged"] += r > 0
-                patch.tally(r if len(context.branch) == 1 else 0, prod(grid))      # little beside a crop and its frame
+                patch.tally(r * KEY, prod(grid))
 
     if config.phi > 1:
         patch.rewrite(sample, Claim.CROP)
     patch.each_call(place)
-    patch.explain(lambda: "the object fills the frame, and its grids are too small for a cell" if config.ratio else
+    patch.explain(lambda: "the object fills the frame and its grids hold no cell, or the run is too short" if config.ratio else
                   "the object fills the frame")
     return patch.on()

@@ -16,9 +16,14 @@ SLOW = ("test_contract", "core/test_compile.py", "site/test_site.py", "test_comp
         "test_pytest.py")
 
 
+MANY = ("test_contract", "core/test_compile.py", "core/test_rewrites.py", "core/test_surroundings.py", "test_pairs.py",
+        "test_compatibility.py")            # the same lines over and over: tracing them tells nothing more
+
+
 def pytest_configure(config):
     if config.getoption("--everything"):
         os.environ["EVERYTHING"] = "1"                  # read where tests are collected, and by their processes
+    config.addinivalue_line("markers", "no_cover: not traced, where coverage is measured")
     config.addinivalue_line("markers", "slow: runs many pipelines, a browser or a compiler; left out of make test-fast")
 
 
@@ -26,6 +31,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if any(part in item.nodeid for part in SLOW):
             item.add_marker("slow")
+        if any(part in item.nodeid for part in MANY):
+            item.add_marker("no_cover")
 
 
 def pytest_addoption(parser):

@@ -10,7 +10,8 @@ from torch._dynamo.utils import counters
 from methods._core.denoiser import describe
 
 STEPS = 10                 # the longest warm-up of a default is eight
-MANY = 10                  # blocks: more than the limit of recompilations, which one graph for each block would hit
+LIMIT = 16                 # of graphs for the code of a block: kinds of step, times two layouts of its input
+MANY = 17                  # blocks: one graph for each would be too many
 METHODS = [method for method in contract.patches() if not getattr(method, "BREAKS_GRAPH", False)]
 
 
@@ -18,7 +19,7 @@ METHODS = [method for method in contract.patches() if not getattr(method, "BREAK
 def fresh_compiler():
     torch._dynamo.reset()
     counters.clear()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=LIMIT):
         yield
     torch._dynamo.reset()
 
@@ -54,7 +55,7 @@ def test_blocks_compile_whole(method, order):
     if order == "compile_then_patch":
         compile_blocks(pipe)
         plain = family.run(pipe, steps=2)
-    with torch._dynamo.config.patch(recompile_limit=8 if layers else 32):             # a UNet has two widths, two sizes
+    with torch._dynamo.config.patch(recompile_limit=LIMIT if layers else 2 * LIMIT):      # a UNet has two widths, two sizes
         with method.apply(pipe, config) as patch:
             if order == "patch_then_compile":
                 compile_blocks(pipe)
@@ -76,7 +77,7 @@ def test_other_families_compile_whole(method, family):
     with method.apply(eager, config):
         expected = family.run(eager, steps=STEPS)
     compile_blocks(pipe)
-    with torch._dynamo.config.patch(recompile_limit=32), method.apply(pipe, config):
+    with torch._dynamo.config.patch(recompile_limit=2 * LIMIT), method.apply(pipe, config):
         torch.testing.assert_close(family.run(pipe, steps=STEPS), expected, atol=1e-3, rtol=1e-2)
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
 
