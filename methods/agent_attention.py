@@ -49,7 +49,7 @@ from accel_kernels.cosine_match import cosine_match
 from methods._core.attention import unmasked
 from methods._core.context import StepContext
 from methods._core.denoiser import Block
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.reduction import Reduction, reduce_all
 from methods._core.tokens import Plan, merge_plan, partition, reduction
 
@@ -103,12 +103,13 @@ class _Agents(Reduction):
         self.agents = merge_plan(score, into, self.src, self.dst, self.agent_r) if self.engaged else None
         return merge_plan(score, into, self.src, self.dst, self.r)
 
-    def image(self, forward, x: Tensor, *args, **kwargs) -> Tensor:
-        plan = self.plan()
+    def around(self, forward, *args, **kwargs):
+        call = self.block.call(args, kwargs)
+        plan = self.plan(call)
         if self.agents is None:
-            return plan.restore(forward(plan.reduce(x), *args, **kwargs))
-        rows = plan.reduce(x)
-        out = forward(torch.cat([rows, self.agents.reduce(x)], 1), *args, **kwargs)
+            return plan.restore(forward(**call.shorter(self.tokens, plan.owner[0], plan.reduce)))
+        rows = plan.reduce(call.x)
+        out = forward(**call.shorter(self.tokens, plan.owner[0], lambda x: torch.cat([rows, self.agents.reduce(x)], 1)))
         return plan.restore(out[:, :rows.shape[1]].contiguous())
 
     def attend(self, product, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **more) -> Tensor:
@@ -178,6 +179,7 @@ class AgentAttention(nn.Module):
         return self.proj(out + F.pad(dwc, (0, 0, self.extra, 0)))
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Attend through agents in the first steps and merge tokens in all, in every self-attention over image tokens.
 
@@ -191,7 +193,8 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     patch = Patch(target, "agent_attention")
     if config.ratio == 0 and config.agent_share == 0:
         return patch
-    blocks = patch.blocks_at(config.max_downsample, lambda b: b.stream == "image", " over image tokens alone")
+    blocks = patch.blocks_at(config.max_downsample, lambda b: b.stream == "image" and not b.rotary,
+                             " over image tokens alone, without positions inside")
     patch.require_pipeline()
 
     def prepare(context: StepContext) -> Callable:

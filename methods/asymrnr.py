@@ -47,11 +47,11 @@ import torch
 from torch import Tensor
 
 from accel_kernels.distance_match import distance_match
-from methods._core.attention import unmasked
+from methods._core.attention import of_mask
 from methods._core.cache import Slot
 from methods._core.context import StepContext
 from methods._core.denoiser import Block
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.tokens import Plan, merge_plan, others
 
 __all__ = ["OFF", "Config", "Tiers", "apply", "cells", "kept", "measure", "ratio", "tiers"]
@@ -146,13 +146,13 @@ class _Attention:
 
     def attend(self, product, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **more) -> Tensor:
         restore = None
-        if self.v.r or self.q.r:
-            unmasked(attn_mask)
         if self.v.r:
             plan = self.v.plan(self.rows(v))
+            attn_mask = self.cut(attn_mask, plan, v, -1)
             k, v = self.shorter(k, plan), self.shorter(v, plan)
         if self.q.r:
             restore = self.q.plan(self.rows(q))
+            attn_mask = self.cut(attn_mask, restore, q, -2)
             q = self.shorter(q, restore)
         out = product(q, k, v, attn_mask=attn_mask, **more)
         if restore is None:
@@ -163,6 +163,10 @@ class _Attention:
     def rows(self, x: Tensor) -> Tensor:
         """The image's part of (B, H, tokens and text, D) -> (B * H, N, D)."""
         return self.block.parted(x, self.tokens)[0].flatten(0, 1)
+
+    def cut(self, mask: Tensor | None, plan: Plan, x: Tensor, dim: int) -> Tensor | None:
+        """The mask of what stays; of a cut for each head of the keys, one for each head of the queries."""
+        return of_mask(self.block, mask, self.tokens, plan.owner.unflatten(0, x.shape[:2]), dim)
 
     def shorter(self, x: Tensor, plan: Plan) -> Tensor:
         """(B, H, tokens and text, D) -> (B, H, rows and text, D); text stays whole."""
@@ -223,6 +227,7 @@ def measure(pipe: Any, run: Callable[[], Any], config: Config = Config()) -> Tie
             for name, found in seen.items()}
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Reduce queries, and keys with values, in the self-attention of every block at full resolution.
 

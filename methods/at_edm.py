@@ -48,7 +48,7 @@ from accel_kernels.topk import topk_partition
 from methods._core.attention import unmasked
 from methods._core.context import StepContext
 from methods._core.denoiser import Block, Denoiser
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.site import Claim
 from methods._core.tokens import Plan
 
@@ -119,11 +119,11 @@ class Transformer(NamedTuple):
 def transformers(denoiser: Denoiser) -> list[Transformer]:
     """Runs of two blocks or more. On a UNet the first of each stage on the way down and the last on the way up are late."""
     if not denoiser.unet:
-        chain = all(block.stream == "image" and not block.temporal for block in denoiser.blocks)
+        chain = all(block.stream == "image" and not block.temporal and not block.rotary for block in denoiser.blocks)
         return [Transformer(denoiser.blocks, late=True)] if chain and len(denoiser.blocks) > 1 else []
     found = []
     for stage in denoiser.unet:
-        attentions = [attention for _, attention in stage.layers if attention is not None]
+        attentions = stage.attentions
         spared = {"down": 0, "up": len(attentions) - 1}.get(stage.side)
         for i, attention in enumerate(attentions):
             inside = {id(module) for module in attention.modules()}
@@ -168,6 +168,7 @@ class _Pruner:
         return plan.restore(out)
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Prune behind the first layer of every transformer, of fewer ones in the early phase.
 

@@ -45,11 +45,11 @@ from accel_kernels.merge import Segments
 from methods._core.cache import Slot
 from methods._core.context import StepContext
 from methods._core.denoiser import Block, check_downsample
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.reduction import Reduction, reduce_all
 from methods._core.tokens import Plan, joined, merge_plan, partition
 
-__all__ = ["BREAKS_GRAPH", "CHECKPOINTS", "OFF", "Config", "adaptive_reduction", "apply", "computes"]
+__all__ = ["BREAKS_GRAPH", "CHECKPOINTS", "OFF", "TINY", "Config", "adaptive_reduction", "apply", "computes"]
 
 CHECKPOINTS = {         # of the official code, for 50 steps; a 0 that fires in no step is left out
     "config_1": (1, 2, 3, 5, 10, 15, 25, 35),
@@ -81,6 +81,7 @@ class Config:
 
 
 OFF = Config(threshold=1.0)
+TINY = Config(threshold=0.3)            # tokens of random weights are less alike
 BREAKS_GRAPH = True             # how many tokens merge is read back from the device
 
 
@@ -121,6 +122,7 @@ class _Layer(Reduction):
         return merge_plan(score, into, self.src, self.dst, adaptive_reduction(score, self.threshold), batch)
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Merge around the self-attention of every block whose grid is at most `config.max_downsample` times coarser.
 

@@ -55,7 +55,7 @@ from methods._core.attention import unmasked
 from methods._core.cache import Rows, Slot
 from methods._core.context import StepContext
 from methods._core.denoiser import Block, check_whole
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.tokens import others
 
 __all__ = ["OFF", "TINY", "Config", "apply", "features", "first_selection", "kmeans", "next_selection", "pool", "smooth"]
@@ -255,6 +255,7 @@ class _Choice:
         return index.repeat(len(context.rows.parts), 1).to(noise.device)
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """After `config.warmup` steps, compute a share of the image tokens in every block and reuse the rest.
 
@@ -268,7 +269,8 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     if config.keep == 1:
         return patch
     denoiser = patch.denoiser
-    able = denoiser.head is not None and not any(block.rotary or block.temporal for block in denoiser.blocks)
+    able = denoiser.head is not None and all(
+        not block.rotary and not block.temporal and block.stream != "fused" and block.row.product == "one" for block in denoiser.blocks)
     blocks = patch.require(denoiser.blocks if able else (), "chain of blocks over one image without rotary positions")
     head = _Head(patch.slot(), patch.slot())
     choice = _Choice(patch, head, config)

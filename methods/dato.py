@@ -47,7 +47,7 @@ from torch import Tensor
 from methods._core.cache import Deep
 from methods._core.context import Rewrite, StepContext, given
 from methods._core.denoiser import Block, check_downsample
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.reduction import Reduction, reduce_all
 from methods._core.search import Candidate, Costs, Journal, evolve
 from methods._core.site import Claim
@@ -131,6 +131,7 @@ class _Layer(Reduction):
         return prune_plan(x, self.base.expand(len(x), -1), self.ratio) if self.ratio else None
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Run the UNet by the plan, and prune its self-attention at a downsampling of `config.max_downsample` or less.
 
@@ -144,7 +145,8 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     patch = Patch(target, "dato")
     if set(config.plan) == {2} and not any(config.ratios):
         return patch
-    deep = deep_modules(tuple(patch.require(patch.denoiser.unet, "UNet stages with skip connections")), 0)
+    stages = patch.denoiser.unet if patch.denoiser.row.grid.frames is None else ()
+    deep = deep_modules(tuple(patch.require(stages, "UNet stages with skip connections for one image")), 0)
     layers = [_Layer(block) for block in patch.blocks_at(config.max_downsample)] if any(config.ratios) else []
     patch.require_pipeline()
     feature, last, change = patch.slot(), patch.slot(), patch.slot()

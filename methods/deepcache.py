@@ -36,7 +36,7 @@ from torch import nn
 from methods._core.cache import Deep
 from methods._core.context import StepContext
 from methods._core.denoiser import Stage
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 
 __all__ = ["OFF", "Config", "apply", "branch_point", "deep_modules", "nonuniform_steps", "uniform_steps"]
 
@@ -114,6 +114,7 @@ def deep_modules(stages: tuple[Stage, ...], branch: int) -> list[nn.Module]:
     return [module for module in deep if module is not None]
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Skip everything below one skip connection on all but every N-th step.
 

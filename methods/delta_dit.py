@@ -37,7 +37,7 @@ from typing import Any
 
 from methods._core.cache import Delta, chains
 from methods._core.context import StepContext
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 
 __all__ = ["OFF", "TINY", "Config", "apply", "span", "stage"]
 
@@ -77,6 +77,7 @@ def span(depth: int, share: float, outline: bool) -> range:
     return range(depth - count, depth) if outline else range(count)
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Leave out the rear blocks in early steps and the front blocks in late ones, adding what they added before.
 

@@ -53,7 +53,7 @@ from methods._core.attention import band_share, banded, unmasked
 from methods._core.cache import Reuse
 from methods._core.context import StepContext
 from methods._core.denoiser import Block
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.search import Candidate, Journal, greedy
 from methods._core.site import Claim
 
@@ -174,8 +174,8 @@ class _Layer:
 
 
 def _layers(patch: Patch, window: float) -> list[_Layer]:
-    blocks = patch.require((block for block in patch.denoiser.blocks if block.attn is not None), "self-attention")
     patch.require_pipeline()
+    blocks = patch.require((block for block in patch.denoiser.blocks if not block.masked), "self-attention without a mask")
     return [_Layer(patch, block, window) for block in blocks]
 
 
@@ -241,6 +241,7 @@ def calibrate(pipe: Any, run: Callable[[], Any], *, delta: float = 0.05, config:
     return plan
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Compress the self-attention of every block by the plan.
 

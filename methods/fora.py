@@ -34,7 +34,7 @@ from typing import Any
 from methods._core.cache import Mute, Reuse
 from methods._core.context import StepContext
 from methods._core.denoiser import Branch
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 
 __all__ = ["OFF", "Config", "apply", "computes"]
 
@@ -60,6 +60,7 @@ def computes(i: int, steps: int, interval: int, count_from: str = "end") -> bool
     return i == 0 or s % interval == 0
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Reuse the branch outputs of every transformer block between compute steps.
 

@@ -47,7 +47,7 @@ from methods._core.cache import Slot
 from methods._core.context import Rewrite, StepContext
 from methods._core.crop import Crop
 from methods._core.denoiser import Block
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.site import Claim
 
 __all__ = ["OFF", "TINY", "Config", "apply", "full_steps", "highlight"]
@@ -148,6 +148,7 @@ class _Reader:
         return product(q, k, v, **more)
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Compute only the highlighted region between full steps.
 
@@ -162,7 +163,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         return patch
     patch.require_pipeline()
     denoiser = patch.denoiser
-    able = [b for b in denoiser.blocks if b.cross is not None] if not any(b.temporal for b in denoiser.blocks) else []
+    able = [b for b in denoiser.blocks if b.cross is not None] if denoiser.row.grid.frames is None else []
     blocks = patch.require(able, "cross-attention between one image and its text")
     level = max((b.level for b in blocks if b.level <= config.level), default=min(b.level for b in blocks))
     readers = [_Reader(block, patch.slot()) for block in blocks if block.level == level]

@@ -50,7 +50,7 @@ from accel_kernels.cosine_match import cosine_match
 from accel_kernels.topk import topk_partition
 from methods._core.context import StepContext
 from methods._core.denoiser import Block, check_downsample
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.reduction import Reduction, reduce_all
 from methods._core.site import Claim
 from methods._core.tokens import Plan, merge_plan, partition, reduction
@@ -153,6 +153,7 @@ class _Layer(Reduction):
         return self.ready.restore(forward(self.reducer(self.ready, x), *args, **kwargs))
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Merge around attention, with destinations where guidance changed the last prediction most.
 
@@ -170,8 +171,9 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     ratio, pool, importance_from, merge_from, places = (
         preset[name] if getattr(config, name) is None else getattr(config, name) for name in preset)
     low, high = (0, len(denoiser.blocks)) if denoiser.unet else (share * len(denoiser.blocks) for share in config.depth)
+    able = denoiser.row.grid.frames in (None, 2)                                   # the channels follow the batch
     layers = [_Layer(block) for block in patch.blocks_at(
-        config.max_downsample, lambda b: low <= b.index < high and not b.rotary, " without rotary positions")]
+        config.max_downsample, lambda b: able and low <= b.index < high and not b.rotary, " without rotary positions")]
     sizes(1 << 20, ratio, config.destinations, pool)
     last = patch.slot()                                                            # output of the step before
     patch.after_call(lambda context, output: last.keep(output))

@@ -51,15 +51,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accel_kernels.cosine_match import cosine_match
-from methods._core.attention import unmasked
+from methods._core.attention import of_mask
 from methods._core.context import Rewrite, StepContext
 from methods._core.crop import Crop
 from methods._core.denoiser import Block
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.site import Claim
 from methods._core.tokens import Plan, merge_plan, partition, reduction
 
-__all__ = ["OFF", "Config", "apply", "foreground", "weighted"]
+__all__ = ["ELSEWHERE", "OFF", "Config", "apply", "foreground", "weighted"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)             # two masks have no single truth value
@@ -87,6 +87,7 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)} outside [0, 1]")
 
 
+ELSEWHERE = ({"phi": 1},)               # where a model cannot be called on a part of the frame
 OFF = Config(phi=1, ratio=0.0)
 KEY = 1 / 8                     # of what a token costs in a block, about what a merged key saves of it
 
@@ -120,26 +121,27 @@ class _Merge:
         patch.around(self.block.attn, self.match, Claim.INSIDE)
         patch.attend(self.block.attn, self.attend)
 
-    def match(self, forward, hidden_states: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
+    def match(self, forward, *args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
         self.plan = None
         if self.cut is not None:
-            src, dst, fore, r = self.cut
-            cosine, into = cosine_match(hidden_states[:, hidden_states.shape[1] - len(src) - len(dst):], src, dst)
+            call, (src, dst, fore, r) = self.block.call(args, kwargs), self.cut
+            tokens = len(src) + len(dst)
+            cosine, into = cosine_match(call.x.narrow(1, call.start(tokens), tokens), src, dst)
             self.plan = merge_plan(weighted(cosine, fore, self.eta), into, src, dst, r)
-        return forward(hidden_states, *args, **kwargs)
+        return forward(*args, **kwargs)
 
     def attend(self, product, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **more) -> Tensor:
         if self.plan is None:
             return product(q, k, v, attn_mask=attn_mask, **more)
-        unmasked(attn_mask)
         plan, self.plan = self.plan, None
+        attn_mask = of_mask(self.block, attn_mask, plan.segments.source.shape[1], plan.owner[:, None], -1)
 
         def short(x: Tensor) -> Tensor:
             image, text = self.block.parted(x, plan.segments.source.shape[1])
             rows = plan.reduce(image.transpose(1, 2).flatten(2))
             return self.block.joined(rows.unflatten(2, (x.shape[1], -1)).transpose(1, 2), text)
 
-        return product(q, short(k), short(v), **more)
+        return product(q, short(k), short(v), attn_mask=attn_mask, **more)
 
 
 def _partition(grid: tuple[int, int, int], fore: Tensor, config: Config,
@@ -150,6 +152,7 @@ def _partition(grid: tuple[int, int, int], fore: Tensor, config: Config,
     return src.to(device), dst.to(device), fore.flatten()[src].to(device), r
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Sample the object in a crop and the background in longer steps; merge keys and values, background first.
 
@@ -176,7 +179,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         """Object-centric sampling: the crop in every step of the high-noise phase, the whole frame in each phi-th."""
         if context.i >= int(round((1 - config.gamma) * context.steps, 9)):
             return None
-        x, axis = context.sample, denoiser.frame_axis
+        x, axis = context.sample, denoiser.row.grid.frames
         wholes[:] = [denoiser.grid(context.inputs, merge.block) for merge in merges]
         height, width = x.shape[-2:] if x.ndim > 3 else wholes[0][1:]
         inside = foreground(config, 1 if axis is None else x.shape[axis], height, width)

@@ -41,8 +41,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from methods._core.context import Rewrite, StepContext
-from methods._core.patch import Patch
+from methods._core.context import Rewrite, StepContext, find_caller
+from methods._core.patch import Patch, per_denoiser
 from methods._core.site import Claim
 from methods._core.solver import grid_class
 
@@ -97,8 +97,10 @@ class _Solver:
         call(*args, **kwargs)
         scheduler = self.patch.pipe.scheduler
         self.grid, self.past = grid_class(scheduler)(scheduler), None
-        self.path = jumps(len(self.grid.timesteps), self.config.k, self.config.h)
-        self.grid.thin(scheduler, [jump.start for jump in self.path])
+        points, caller = len(self.grid.timesteps), find_caller(self.patch.model)
+        cut = caller.cuts(points) if caller else 0               # image-to-image leaves out the first points, behind our back
+        self.path = [Jump(*(cut + point for point in jump)) for jump in jumps(points - cut, self.config.k, self.config.h)]
+        self.grid.thin(scheduler, [*range(cut), *(jump.start for jump in self.path)])
 
     def substitute(self, context: StepContext) -> Rewrite | None:
         """Past and future: before the model runs, move its latent and its timestep to where the future score is taken."""
@@ -108,17 +110,24 @@ class _Solver:
             self.patch.tally(self.jump.to - self.jump.start - 1, self.jump.to - self.jump.start)
         if self.past is None or self.jump.at == self.jump.start:
             return None
-        if context.sample.shape[1:] != self.past.shape[1:]:
-            raise ValueError(f"pfdiff needs the latent alone, {tuple(self.past.shape[1:])}, as the model's input, not "
-                             f"{tuple(context.sample.shape[1:])}")
-        denoiser, t = context.denoiser, self.grid.timesteps[self.jump.at]
-        given = torch.as_tensor(context.inputs[denoiser.time])
-        moved = {denoiser.latent: self.springboard(context.sample),
-                 denoiser.time: (t / denoiser.timestep_scale).to(given).expand(given.shape)}
-        return Rewrite((context.replace(moved, t=float(t)),), lambda out: out)
+        denoiser, t, given = context.denoiser, self.grid.timesteps[self.jump.at], context.inputs[context.denoiser.row.time]
+        given, train = torch.as_tensor(given), self.patch.pipe.scheduler.config.num_train_timesteps
+        told = denoiser.row.clock(t, self.grid.sigmas[self.jump.at], train).to(given)
+        inputs = denoiser.as_input(self.moved_input(context.sample))
+        inputs[denoiser.row.time] = torch.where(given == given.max(), told, given)     # frames that are given stay at their time
+        return Rewrite((context.replace(inputs, t=float(t)),), lambda out: out)
 
-    def springboard(self, x: Tensor) -> Tensor:
-        past = self.past.repeat(len(x) // len(self.past), *[1] * (x.ndim - 1))          # both guidance halves alike
+    def moved_input(self, x: Tensor) -> Tensor:
+        """The model's input (B, ...) with its latent, the first channels or tokens of it, moved; conditions follow behind."""
+        past = self.past if self.past.ndim == x.ndim else self.past.view(len(self.past), *x.shape[1:])
+        own = tuple(slice(n) for n in (len(x), *past.shape[1:]))
+        x = x.clone()
+        latent = self.grid.latent(x[own], self.jump.start)
+        x[own] = self.grid.input(self.springboard(latent, past), self.jump.at).to(x.dtype)
+        return x
+
+    def springboard(self, x: Tensor, past: Tensor) -> Tensor:
+        past = past.repeat(len(x) // len(past), *[1] * (x.ndim - 1))                    # both guidance halves alike
         return self.grid.move(x, past, self.jump.start, self.jump.at).to(x.dtype)
 
     def step(self, call, model_output: Tensor, timestep: Any, sample: Tensor, *args, eta: float = 0.0, **kwargs):
@@ -131,7 +140,7 @@ class _Solver:
             self.past = self.grid.score(model_output, sample, start)
             moved = self.grid.step(sample, model_output, start, to)
         else:
-            self.past = self.grid.score(model_output, self.springboard(sample), at)
+            self.past = self.grid.score(model_output, self.springboard(sample, self.past), at)
             moved = self.grid.move(sample, self.past, start, to)
         if isinstance(result, tuple):
             return moved, *result[1:]
@@ -139,6 +148,7 @@ class _Solver:
         return result
 
 
+@per_denoiser
 def apply(pipe: Any, config: Config = Config()) -> Patch:
     """Cover every k + 1 steps of the grid with one evaluation of the network.
 
@@ -153,8 +163,7 @@ def apply(pipe: Any, config: Config = Config()) -> Patch:
         return patch
     patch.require_pipeline()
     grid_class(patch.pipe.scheduler)
-    solver = _Solver(patch, config)
-    patch.solve(solver)
+    solver = patch.solve(_Solver(patch, config))
     patch.rewrite(solver.substitute, Claim.SOLVER)
     patch.explain(lambda: "a grid of two steps leaves nothing to jump over")
     return patch.on()

@@ -50,7 +50,7 @@ from accel_kernels.similarity_sum import similarity_sum
 from accel_kernels.topk import topk_partition
 from methods._core.context import StepContext
 from methods._core.denoiser import Block, check_downsample
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.reduction import Reduction, reduce_all
 from methods._core.tokens import Plan, join_plan, joined, merge_plan, reduction
 
@@ -133,6 +133,7 @@ class _Pruning:
         return prune_plan(x, base_tokens(score, self.grid, config.stride), config.ratio, config.recover_from, batch)
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Prune around the self-attention of every block whose grid is at most `config.max_downsample` times coarser.
 

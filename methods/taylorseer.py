@@ -40,7 +40,7 @@ from torch import Tensor
 
 from methods._core.cache import Mute, Reuse, Slot
 from methods._core.context import StepContext
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 
 __all__ = ["OFF", "Config", "apply", "factors", "forecast", "is_full"]
 
@@ -99,6 +99,7 @@ class Forecast(Reuse):
         return out[0] if len(out) == 1 else out
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Forecast the branch outputs of every transformer block between full steps.
 

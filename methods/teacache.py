@@ -39,7 +39,7 @@ from torch import Tensor
 
 from methods._core.cache import Delta, chains
 from methods._core.context import StepContext
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 
 __all__ = ["COEFFICIENTS", "OFF", "TINY", "Config", "accumulate", "apply", "fit", "observe", "relative_change"]
 
@@ -100,6 +100,7 @@ def observe(target: Any, pairs: list[tuple[float, float]]) -> Patch:
     return patch.on()
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Leave out all blocks while the expected change of the output, summed since they last ran, is below the threshold.
 

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from methods._core.cache import Reuse
 from methods._core.context import Rewrite, Rows, StepContext
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.site import Claim
 
 __all__ = ["OFF", "TINY", "Config", "apply", "computes", "mean_of_halves"]
@@ -92,6 +92,7 @@ class _Attention(NamedTuple):
     reuse: Reuse
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Reuse self-attention before the gate, cross-attention from there on, and drop guidance with it.
 

@@ -51,12 +51,11 @@ from methods._core.attention import mean_map, with_mass
 from methods._core.cache import Rows, Slot, of_any_length
 from methods._core.context import StepContext
 from methods._core.denoiser import Block, Branch, check_whole
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 
 __all__ = ["OFF", "Config", "apply", "entropy", "fresh_ratio", "full_steps", "select", "spread"]
 
 SCHEDULES = ("dit-ddim", "dit-ddpm", "pixart", "open-sora", "flux")
-FAMILIES = {"dit": "dit-ddim", "pixart": "pixart", "latte": "open-sora", "flux": "flux"}
 SPREAD = {"dit-ddim": (0.6, 2), "dit-ddpm": (0.6, 2), "pixart": (0.4, 4)}                   # bonus and cell
 
 
@@ -82,6 +81,16 @@ class Config:
 
 
 OFF = Config(interval=1)
+
+
+def schedule_of(blocks: Iterable[Block]) -> str:
+    """The released schedule of the model that is built most alike: by temporal blocks, a text in the self-attention, or a
+    cross-attention."""
+    if any(block.temporal for block in blocks):
+        return "open-sora"
+    if any(block.stream != "image" for block in blocks):
+        return "flux"
+    return "pixart" if any(block.cross is not None for block in blocks) else "dit-ddim"
 
 
 def full_steps(steps: int, interval: int, schedule: str, adaptive: bool = True) -> list[tuple[int, bool]]:
@@ -196,7 +205,8 @@ class _Branch(Rows):
         """Scores of the branch's tokens, the text's or the image's, scaled to unit length. -> (B, tokens)"""
         text = self.branch.name == "ff_context"
         score = self.mass.value if self.entropy.value is None else 1 + self.entropy.value
-        score = self.block.parted(score, score.shape[1] - tokens if text else tokens, 1)[text]
+        start = score.shape[1] - tokens if text != self.block.text_first else 0
+        score = score.narrow(1, start, tokens)
         return score / score.norm(dim=1, keepdim=True)
 
 
@@ -216,6 +226,12 @@ class _Attention:
     def measure(self, product, q: Tensor, k: Tensor, v: Tensor, **more) -> Tensor:
         out, self.mass.value = with_mass(q, k, v, **more)
         return out
+
+
+def _renewable(block: Block) -> bool:
+    """Rows of its feed-forward can be computed by themselves, and its attention product can be seen."""
+    row = block.row
+    return row.alone and not row.shared and row.product == "one" and not (row.total and row.text == "apart")
 
 
 def _wire(patch: Patch, blocks: list[Block], schedule: str, scored: bool) -> tuple[list[_Attention], list[_Branch]]:
@@ -239,6 +255,7 @@ def _wire(patch: Patch, blocks: list[Block], schedule: str, scored: bool) -> tup
     return attentions, branches
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Reuse attention, and all but the most important rows of MLPs and cross-attentions, between full steps.
 
@@ -253,8 +270,9 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         return patch
     patch.require_pipeline()
     denoiser = patch.denoiser
-    blocks = patch.require(denoiser.blocks if denoiser.family in FAMILIES else (), f"blocks of {', '.join(FAMILIES)}")
-    schedule = FAMILIES[denoiser.family] if config.schedule == "auto" else config.schedule
+    able = not denoiser.unet and denoiser.row.latents == 1 and all(map(_renewable, denoiser.blocks))
+    blocks = patch.require(denoiser.blocks if able else (), "chain of blocks over one latent, each with a feed-forward of its own")
+    schedule = schedule_of(blocks) if config.schedule == "auto" else config.schedule
     bonus, cell = SPREAD.get(schedule, (0.0, 1))
     bonus, cell = bonus if config.bonus is None else config.bonus, cell if config.cell is None else config.cell
     attentions, branches = _wire(patch, blocks, schedule, scored=config.fresh > 0)

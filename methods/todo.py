@@ -36,10 +36,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods._core.attention import at_product, unmasked
+from methods._core.attention import at_product
 from methods._core.context import StepContext
 from methods._core.denoiser import Block
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.site import Claim
 
 __all__ = ["OFF", "Config", "apply", "subgrid"]
@@ -90,7 +90,7 @@ class _Downsample:
         self.tokens = 0
 
     def wire(self, patch: Patch) -> None:
-        if self.block.stream == "image":
+        if self.block.stream == "image" and not self.block.rotary:
             patch.around(self.block.attn, self.image, Claim.INSIDE)
         else:
             patch.attend(self.block.attn, self.attend)
@@ -101,12 +101,16 @@ class _Downsample:
         return forward(x, encoder_hidden_states=x[:, self.index], **kwargs)
 
     def attend(self, product, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **more) -> Tensor:
-        unmasked(attn_mask)
-        k, v = (self.block.joined(image[:, :, self.index], text)
-                for image, text in (self.block.parted(x, self.tokens) for x in (k, v)))
-        return product(q, k, v, **more)
+        def short(x: Tensor, dim: int = 2) -> Tensor:
+            image, text = self.block.parted(x, self.tokens, dim)
+            return self.block.joined(image.index_select(dim, self.index), text, dim)
+
+        if attn_mask is not None and attn_mask.shape[-1] > 1:
+            attn_mask = short(attn_mask, attn_mask.ndim - 1)
+        return product(q, short(k), short(v), attn_mask=attn_mask, **more)
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Downsample keys and values in the self-attention of the first two levels.
 
@@ -118,7 +122,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     if not factors:
         return patch
     layers = [_Downsample(block) for block in patch.require(
-        (b for b in patch.denoiser.blocks if b.level in factors and not b.temporal), "self-attention at the chosen levels")]
+        (b for b in patch.denoiser.blocks_at(2) if b.level in factors), "self-attention at the chosen levels")]
     for layer in layers:
         layer.wire(patch)
 

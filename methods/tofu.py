@@ -40,7 +40,7 @@ from torch import Tensor
 from accel_kernels import merge
 from methods._core.context import StepContext
 from methods._core.denoiser import Block, check_downsample
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.reduction import Reduction, reduce_all
 from methods._core.tokens import Plan
 from methods.tome import Matching
@@ -79,6 +79,7 @@ def prunes(index: int, depth: int, separation: float) -> bool:
     return index < round(separation * depth, 9)           # 0.28 * 25 is a little more than 7
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Prune or merge around the self-attention of every block whose grid is at most `config.max_downsample` times coarser.
 

@@ -51,8 +51,8 @@ from torch import Tensor
 from accel_kernels.facility_location import facility_location
 from methods._core.cache import Slot
 from methods._core.context import StepContext
-from methods._core.denoiser import Block, Denoiser, check_downsample
-from methods._core.patch import Patch
+from methods._core.denoiser import Block, Call, Denoiser, check_downsample
+from methods._core.patch import Patch, per_denoiser
 from methods._core.reduction import Reduction
 from methods._core.site import Claim
 from methods._core.tokens import joined
@@ -201,23 +201,18 @@ class _Merge(Reduction):
         self.active = self.leads = False
 
     def wire(self, patch: Patch) -> None:
-        if self.block.stream == "fused":
+        if self.block.branches[0].feeds:
             patch.around(self.block.norm, self.shorten, Claim.TOKENS)
             patch.around(self.block.attn, self.turned, Claim.TOKENS)
             patch.around(self.block.branches[0].module, self.lengthen, Claim.TOKENS)
         else:
-            patch.around(self.block.attn, getattr(self, self.block.stream), Claim.TOKENS)
+            patch.around(self.block.attn, self.around, Claim.TOKENS)
 
-    def image(self, forward, x: Tensor, *args, **kwargs) -> Tensor:
-        self.input = x
-        return super().image(forward, x, *args, **kwargs)
+    def plan(self, call: Call) -> Matrices | None:
+        return self.matrices(call.x.narrow(1, call.start(self.tokens), self.tokens))
 
-    def joint(self, forward, hidden_states: Tensor, encoder_hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
-        self.input = hidden_states
-        return super().joint(forward, hidden_states, encoder_hidden_states, **kwargs)
-
-    def plan(self) -> Matrices | None:
-        x, self.input = self.input, None
+    def matrices(self, x: Tensor) -> Matrices | None:
+        """From the tokens x (B, N, C) that enter the attention."""
         if not self.active:
             return None
         if self.leads:
@@ -226,24 +221,23 @@ class _Merge(Reduction):
 
     def shorten(self, forward, x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         out, gate = forward(x, *args, **kwargs)
-        words = out.shape[1] - self.tokens
-        self.input = out[:, words:]
-        plan = self.plan()
-        return (out if plan is None else torch.cat([out[:, :words], plan.reduce(out[:, words:])], 1)), gate
+        image, rest = self.block.parted(out, self.tokens, 1)
+        plan = self.matrices(image)
+        return (out if plan is None else self.block.joined(plan.reduce(image), rest, 1)), gate
 
-    def turned(self, forward, hidden_states: Tensor, **kwargs) -> Tensor:
+    def turned(self, forward, *args, **kwargs) -> Tensor:
         if self.active:
-            plan = self.share.matrices()
-            kwargs = self.turn(kwargs, plan, hidden_states.shape[1] - plan.owner.shape[1])
-        return forward(hidden_states=hidden_states, **kwargs)
+            call, owner = self.block.call(args, kwargs), self.share.matrices().owner
+            return forward(**call.turned(self.tokens, owner[0]))
+        return forward(*args, **kwargs)
 
     def lengthen(self, forward, x: Tensor) -> Tensor:
         out = forward(x)
         if not self.active:
             return out
         plan = self.share.matrices()
-        words = out.shape[1] - plan.owner.shape[1]
-        return torch.cat([out[:, :words], plan.restore(out[:, words:])], 1)
+        image, rest = self.block.parted(out, plan.owner.shape[1], 1)
+        return self.block.joined(plan.restore(image), rest, 1)
 
 
 def _stage(denoiser: Denoiser, block: Block) -> int:
@@ -252,6 +246,7 @@ def _stage(denoiser: Denoiser, block: Block) -> int:
     return holds.index(True) if holds else 0
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Merge around the self-attention of every block whose grid is at most `config.max_downsample` times coarser.
 

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from methods._core.context import StepContext
 from methods._core.denoiser import Block, check_downsample
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.reduction import Reduction, reduce_all
 from methods._core.tokens import Plan, match_plan, partition, reduction
 
@@ -85,6 +85,7 @@ class Matching:
         return match_plan(x, self.src, self.dst, self.r, shared=self.shared)
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Merge around the self-attention of every block whose grid is at most `config.max_downsample` times coarser.
 

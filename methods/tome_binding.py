@@ -48,7 +48,7 @@ from torch import Tensor
 from methods._core.attention import mean_map
 from methods._core.context import Rewrite, StepContext
 from methods._core.denoiser import Block, Denoiser
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.site import Claim
 
 __all__ = ["OFF", "Config", "apply", "entropy_loss", "merge_tokens", "replace_end", "uniform_entropy"]
@@ -129,8 +129,8 @@ def uniform_entropy(tokens: int, objects: int) -> float:
 
 def _watched(denoiser: Denoiser) -> list[Block]:
     """Blocks 1 to 3 of the middle attention of the deepest up stage that has any with cross-attention (of its only block)."""
-    for stage in denoiser.unet:
-        attentions = [attention for _, attention in stage.layers if attention is not None]
+    for stage in denoiser.unet if denoiser.row.grid.frames is None else ():
+        attentions = stage.attentions
         if stage.side == "up" and attentions:
             inside = {id(module) for module in attentions[len(attentions) // 2].modules()}
             blocks = [block for block in denoiser.blocks if id(block.module) in inside]
@@ -253,6 +253,7 @@ class _Binding:
         return x.detach()
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Bind the attributes of each object of the prompt to it.
 
@@ -266,7 +267,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     patch = Patch(target, "tome_binding", edits=True)
     if not config.objects:
         return patch
-    watched = patch.require(_watched(patch.denoiser), "UNet stage with cross-attention on its way up")
+    watched = patch.require(_watched(patch.denoiser), "UNet stage for one image with cross-attention on its way up")
     patch.require_pipeline()
     binding = _Binding(patch, config)
     for block in watched:

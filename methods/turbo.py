@@ -48,7 +48,7 @@ from methods._core.attention import with_mass
 from methods._core.cache import Slot
 from methods._core.context import StepContext
 from methods._core.denoiser import Block, check_downsample
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.reduction import Reduction, reduce_all
 from methods._core.tokens import Plan, joined, merge_plan, partition, reduction
 
@@ -135,6 +135,7 @@ class _Layer(Reduction):
         return out
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Merge around the self-attention of every block whose grid is at most `config.max_downsample` times coarser.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,11 +72,32 @@ def unmasked(attn_mask: Tensor | None) -> None:
         raise ValueError("only attention without a mask can be computed on fewer tokens, and this one has a mask")
 
 
+def of_mask(block: Any, mask: Tensor | None, tokens: int, owner: Tensor, dim: int) -> Tensor | None:
+    """The part of a mask (B, H, queries, keys), or one that broadcasts to it, that goes with fewer image tokens.
+
+    `owner` (B, H or 1, rows) are the places among `tokens` of the image that stay, along the queries (dim -2) or keys (-1).
+    """
+    if mask is None or mask.shape[dim] == 1:
+        return mask
+    mask = mask[(None,) * (4 - mask.ndim)]
+    image, rest = block.parted(mask, tokens, mask.ndim + dim)
+    size = torch.broadcast_shapes(mask.shape[:2], owner.shape[:2])
+    index = (owner[..., None] if dim == -2 else owner[..., None, :]).expand(*size, *(
+        image.shape[2:3] if dim == -1 else owner.shape[2:]), owner.shape[2] if dim == -1 else image.shape[3])
+    return block.joined(image.expand(*size, -1, -1).gather(dim, index), rest.expand(*size, -1, -1), mask.ndim + dim)
+
+
 def with_mass(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, scale: float | None = None,
               **_) -> tuple[Tensor, Tensor]:
-    """The product, and the attention mass (B, tokens) each token receives: column sums of the map, mean over heads."""
-    unmasked(attn_mask)
-    return attention_mass(q, k, v, scale=scale)
+    """The product, and the attention mass (B, tokens) each token receives: column sums of the map, mean over heads.
+
+    Under a mask, or with fewer heads of keys than of queries, the whole map is formed.
+    """
+    if attn_mask is None and q.shape[1] == k.shape[1]:
+        return attention_mass(q, k, v, scale=scale)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=scale)
+    return out, mean_map(q, k, attn_mask, scale).sum(1)
 
 
 def mean_map(q: Tensor, k: Tensor, attn_mask: Tensor | None = None, scale: float | None = None, **_) -> Tensor:

@@ -123,13 +123,16 @@ class Mute:
     def around(self, forward, *args, **kwargs):
         if not self.reuse._reuse:
             return forward(*args, **kwargs)
-        x = args[0] if args else kwargs["hidden_states"]
-        return x[..., :1].expand(*x.shape[:-1], self.width)
+        streams = [x for x in (*args, *kwargs.values()) if torch.is_tensor(x)]
+        pair = kwargs.get("encoder_hidden_states") is not None                  # an attention over two streams gives both
+        blank = tuple(x[..., :1].expand(*x.shape[:-1], self.width) for x in streams[:1 + pair])
+        return blank if pair else blank[0]
 
 
 class Deep:
     """Around a module of a UNet that shallow steps leave out. The last of them gives the kept feature, which enters the first
-    layer that runs; the others something of no channels: nobody reads it, and joining it to other features costs nothing.
+    layer that runs; the others something of one channel: nobody reads it, joining it to other features costs next to nothing,
+    and the residuals of a ControlNet or adapter can be added to it.
 
     The host sets `shallow` before each call of the denoiser.
     """
@@ -141,16 +144,21 @@ class Deep:
 
     def around(self, forward, *args, **kwargs):
         if self.shallow:
-            return self.blank if self.slot is None else self.slot.get()
+            return self.blank if self.slot is None else _fresh(self.slot.get())
         out = forward(*args, **kwargs)
         if self.slot is None:
-            self.blank = _no_channels(out)
+            self.blank = _one_channel(out)
             return out
         return self.slot.keep(out)
 
 
-def _no_channels(x: Any) -> Any:
-    return tuple(map(_no_channels, x)) if isinstance(x, tuple) else x[:, :0].clone()
+def _one_channel(x: Any) -> Any:
+    return tuple(map(_one_channel, x)) if isinstance(x, tuple) else x[:, :1].clone()
+
+
+def _fresh(x: Any) -> Any:
+    """A copy, since FreeU scales features in place."""
+    return tuple(map(_fresh, x)) if isinstance(x, tuple) else x.clone()
 
 
 class Delta:
@@ -223,7 +231,10 @@ class _Part:
 
 def chains(blocks: Iterable[Block]) -> list[list[Block]]:
     """Blocks in execution order, parted where the model lays its tokens out anew between two of them."""
-    return [list(chain) for _, chain in itertools.groupby(blocks, key=lambda block: block.temporal)]
+    def streams(block: Block) -> tuple:
+        return block.temporal, block.row.returns, block.stream == "fused" and len(block.row.returns) == 1
+
+    return [list(chain) for _, chain in itertools.groupby(blocks, key=streams)]
 
 
 class Rows:

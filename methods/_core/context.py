@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from methods._core.denoiser import Denoiser
 from methods._core.site import Claim, attach, detach
 
-DENOISERS = ("unet", "transformer")
+DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer", "prior", "decoder")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class StepContext:
     @property
     def sample(self) -> Tensor:
         """The latent, the model's first input."""
-        return self.inputs[self.denoiser.latent]
+        return self.denoiser.sample(self.inputs)
 
     @property
     def guided(self) -> bool:
@@ -106,7 +106,9 @@ class StepContext:
 
     def only(self, part: str) -> StepContext:
         """This call for one part of `rows` alone, as a branch of that name."""
-        inputs = {name: self.rows.take(value, part) for name, value in self.inputs.items()}
+        listed = self.denoiser.row.listed
+        inputs = {name: value[self.rows.of(part)] if name in listed else self.rows.take(value, part)
+                  for name, value in self.inputs.items()}
         return replace(self, inputs=inputs, rows=Rows((part,), self.rows.prompts))._as(part)
 
     def _as(self, branch: str) -> StepContext:
@@ -133,19 +135,40 @@ def given(output: Tensor) -> Rewrite:
     return Rewrite((), lambda: output)
 
 
+@dataclass(frozen=True)
+class Expert:
+    """One of several denoisers of a pipeline, as a target."""
+
+    pipe: Any
+    name: str
+
+
+def experts(target: Any) -> list[Any]:
+    """A pipeline with several denoisers that share its steps (Wan 2.2, Ideogram 4) -> each as a target; else the target."""
+    names = _names(target)
+    return [Expert(target, name) for name in names] if len(names) > 1 else [target]
+
+
+def _names(target: Any) -> list[str]:
+    """The attributes of a pipeline that hold a denoiser."""
+    found = [name for name in DENOISERS if isinstance(getattr(target, name, None), nn.Module)]
+    return found if hasattr(target, "scheduler") else []
+
+
 def split_target(target: Any) -> tuple[Any | None, nn.Module]:
-    """A pipeline -> (pipeline, its denoiser); a bare denoiser -> (None, itself).
+    """A pipeline, or one expert of it -> (pipeline, its denoiser); a bare denoiser -> (None, itself).
 
     Raises:
-        TypeError: neither of the two.
+        TypeError: none of these.
     """
-    for name in DENOISERS:
-        model = getattr(target, name, None)
-        if hasattr(target, "scheduler") and isinstance(model, nn.Module):
-            return target, getattr(model, "_orig_mod", model)
+    if isinstance(target, Expert):
+        return target.pipe, _plain(getattr(target.pipe, target.name))
+    if names := _names(target):
+        return target, _plain(getattr(target, names[0]))
     if isinstance(target, nn.Module):
-        return None, getattr(target, "_orig_mod", target)
-    raise TypeError(f"expected a diffusers pipeline with a `unet` or `transformer`, or that model, not {type(target).__name__}")
+        return None, _plain(target)
+    raise TypeError(f"expected a diffusers pipeline with a denoiser ({', '.join(DENOISERS)}), or that model, not "
+                    f"{type(target).__name__}")
 
 
 # ---- the pipeline ---------------------------------------------------------------------------------------------------------
@@ -164,6 +187,14 @@ class Caller(NamedTuple):
         if said is None:
             said = self.known.get("do_classifier_free_guidance")
         return self.known.get("guidance_scale", 1.0) > 1.0 if said is None else bool(said)
+
+    def cuts(self, points: int) -> int:
+        """How many of the first `points` of the scheduler's grid it will leave out (image-to-image, inpainting)."""
+        strength, cut = self.known.get("strength"), getattr(self.pipe, "get_timesteps", None)
+        if strength is None or cut is None:
+            return 0
+        steps = self.known.get("num_inference_steps", points)
+        return points - len(cut(steps, strength, self.pipe._execution_device)[0])
 
 
 def find_caller(model: nn.Module) -> Caller | None:
@@ -185,11 +216,11 @@ def _plain(model: Any) -> Any:
 
 def parts_of(denoiser: Denoiser, caller: Caller | None) -> tuple[str, ...]:
     """The parts of the batch of an ordinary call, in the order in which the pipeline lays them out."""
-    if caller is None or not denoiser.batched_guidance:
+    if caller is None or not denoiser.row.batched:
         return ("cond",)
     parts = ("cond",)
     if caller.guides():
-        parts = ("cond", "null") if denoiser.cond_first else ("null", "cond")
+        parts = ("cond", "null") if denoiser.row.cond_first else ("null", "cond")
     return (*parts, "perturbed") if getattr(caller.pipe, "do_perturbed_attention_guidance", False) else parts
 
 
@@ -206,12 +237,18 @@ class Watch:
     def __init__(self, scheduler: Any):
         self.scheduler = scheduler
         self.runs: list[Run] = []
+        self.taken = 0                                    # steps of the present run
         scheduler._patch_watch = self
         scheduler.__class__ = _reporting(type(scheduler))
 
     @classmethod
     def of(cls, scheduler: Any) -> Watch:
-        return _watch_on(scheduler) or cls(scheduler)
+        return cls.on(scheduler) or cls(scheduler)
+
+    @staticmethod
+    def on(scheduler: Any) -> Watch | None:
+        watch = vars(scheduler).get("_patch_watch")
+        return watch if watch is not None and watch.scheduler is scheduler else None
 
     def leave(self, run: Run) -> None:
         self.runs.remove(run)
@@ -220,27 +257,27 @@ class Watch:
             del self.scheduler._patch_watch
 
     def start(self, call: Callable, *args, **kwargs) -> Any:
+        self.taken = 0
         for run in self.runs:
             run.begin(self)
         solver = self._solver()
         return solver.set_timesteps(call, *args, **kwargs) if solver else call(*args, **kwargs)
 
     def step(self, call: Callable, *args, **kwargs) -> Any:
-        for run in self.runs:
+        called = [run for run in self.runs if run.i >= 0]
+        for run in called:
             run.end_step(self)
+        self.taken += 1
         solver = self._solver()
+        if solver and not called:
+            raise RuntimeError("the pipeline's denoiser was replaced under a solver-level patch: apply the patch again")
         return solver.step(call, *args, **kwargs) if solver else call(*args, **kwargs)
 
-    def _solver(self):
+    def _solver(self) -> Any:
         return next((patch.solver for run in self.runs for patch in run.patches if patch.solver is not None), None)
 
     def __deepcopy__(self, memo) -> Watch:
         return self                                       # of the attributes of its scheduler, which a pipeline may put back
-
-
-def _watch_on(scheduler: Any) -> Watch | None:
-    watch = vars(scheduler).get("_patch_watch")
-    return watch if watch is not None and watch.scheduler is scheduler else None
 
 
 @functools.cache
@@ -248,12 +285,12 @@ def _reporting(plain: type) -> type:
     class Reporting(plain):
         @functools.wraps(plain.set_timesteps)
         def set_timesteps(self, *args, **kwargs):
-            call, watch = functools.partial(plain.set_timesteps, self), _watch_on(self)
+            call, watch = functools.partial(plain.set_timesteps, self), Watch.on(self)
             return call(*args, **kwargs) if watch is None else watch.start(call, *args, **kwargs)
 
         @functools.wraps(plain.step)
         def step(self, *args, **kwargs):
-            call, watch = functools.partial(plain.step, self), _watch_on(self)
+            call, watch = functools.partial(plain.step, self), Watch.on(self)
             return call(*args, **kwargs) if watch is None else watch.step(call, *args, **kwargs)
 
         def __reduce_ex__(self, protocol):
@@ -367,12 +404,14 @@ class Run:
         for patch in self.patches:
             patch.decide(context)
         self.result = forward(**context.inputs)
+        out = self.denoiser.tensor(self.result[0])
         for patch in self.patches:
-            patch.end_call(context, self.result[0])
-        return self.result[0]
+            patch.end_call(context, out)
+        return out
 
     def _wrapped(self, out: Tensor, as_dict: bool) -> Any:
         """`out` in the form in which the model gives its output, with what else it gave."""
+        out = self.denoiser.as_output(out)
         if not as_dict:
             return (out, *(self.result or ())[1:])
         if self.result is not None:
@@ -404,16 +443,17 @@ class Run:
     def _context(self, inputs: dict) -> StepContext:
         caller = find_caller(self.model)
         pipe = caller.pipe if caller else next((patch.pipe for patch in self.patches if patch.pipe is not None), None)
-        sample, timestep = inputs[self.denoiser.latent], inputs.get(self.denoiser.time)
+        sample, timestep = self.denoiser.sample(inputs), inputs.get(self.denoiser.row.time)
         if pipe is not None:
             self._check_scheduler(pipe.scheduler)
         if self.i < 0:
-            self.i = 0
+            self.i, self.stepped = 0, False
             if pipe is not None:
+                self.i = self.watches[0].taken                  # another expert may have taken the first steps
                 self.times = self._times_from(timestep)
                 self.steps = len(self.times)
         elif pipe is None or self.stepped:
-            self.i, self.calls, self.stepped = self.i + 1, 0, False
+            self.i, self.calls, self.stepped = self.i + 1 if pipe is None else self.watches[0].taken, 0, False
             if self.steps is not None and self.i >= self.steps:
                 raise RuntimeError(f"step {self.i} of a run of {self.steps}: the patched model is called from outside its "
                                    "pipeline's run; call patch.reset(), or use a separate model")
@@ -447,11 +487,15 @@ class Run:
         self.thread = thread
 
     def _times_from(self, timestep: Any) -> tuple[float, ...]:
-        """The timesteps of this run: those from the first one given to the model on (image-to-image starts late)."""
-        grid = self.watches[0].scheduler.timesteps.double().cpu()
-        first = _first(timestep) * self.denoiser.timestep_scale
-        return tuple(grid[int((grid - first).abs().argmin()):].tolist())
+        """The timesteps of this run: those from the first one given to a model on (image-to-image starts late)."""
+        scheduler = self.watches[0].scheduler
+        grid = scheduler.timesteps.double().cpu()
+        sigmas = getattr(scheduler, "sigmas", None)
+        sigmas = grid if sigmas is None else torch.as_tensor(sigmas).double().cpu()[:len(grid)]
+        told = self.denoiser.row.clock(grid, sigmas, scheduler.config.num_train_timesteps)
+        return tuple(grid[max(0, int((told - _first(timestep)).abs().argmin()) - self.i):].tolist())
 
 
 def _first(timestep: Any) -> float:
-    return float(torch.as_tensor(timestep).flatten()[0])
+    """The time of a call; where tokens have times of their own, given frames are done, and the largest is the run's."""
+    return float(torch.as_tensor(timestep).max())

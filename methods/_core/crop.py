@@ -24,7 +24,14 @@ class Crop:
     """
 
     def __init__(self, patch: Patch):
+        """
+        Raises:
+            ValueError: the model makes positions for the latent's size as it gets it, so that a crop would be misplaced.
+        """
         self.denoiser = patch.denoiser
+        if not (self.denoiser.unet or self.denoiser.embed is not None or self.denoiser.row.cut):
+            raise ValueError(f"{patch.name} calls the model on a part of the frame, where {type(patch.model).__name__} would "
+                             "place it anew, at the corner")
         self.box: tuple[slice, slice] | None = None       # rows and columns, in cells of the latent or of a packed one's grid
         self.size = (0, 0)                                 # of the frame in the same cells
         self.tokens: Tensor | None = None                  # positions of the crop among the image tokens of the frame
@@ -69,15 +76,17 @@ class Crop:
         def part(x: Tensor) -> Tensor:
             return self.window(x) if x.ndim > 3 else x[:, self.tokens]
 
+        def rows(x: Tensor, axis: int) -> Tensor:
+            return x.index_select(axis, self.tokens.to(x.device))
+
         given = context.inputs
-        cut = {self.denoiser.latent: part(context.sample)}
+        cut = self.denoiser.as_input(part(context.sample))
         for name in RESIDUALS:
             if (residual := given.get(name)) is not None:
                 cut[name] = part(residual) if torch.is_tensor(residual) else [part(each) for each in residual]
-        if given.get("img_ids") is not None:
-            cut["img_ids"] = given["img_ids"][..., self.tokens, :]
-        if given.get("image_rotary_emb") is not None:
-            cut["image_rotary_emb"] = tuple(each[self.tokens.to(each.device)] for each in given["image_rotary_emb"])
+        for name, axis in self.denoiser.row.cut.items():
+            if (table := given.get(name)) is not None:
+                cut[name] = rows(table, axis) if torch.is_tensor(table) else tuple(rows(each, axis) for each in table)
         return cut
 
     def paste(self, part: Tensor, frame: Tensor, mask: Tensor) -> Tensor:

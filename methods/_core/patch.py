@@ -7,6 +7,7 @@ what a step does is decided beforehand, on the host, by the functions given to `
 from __future__ import annotations
 
 import functools
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,10 +17,36 @@ from torch import Tensor, nn
 
 from methods._core.attention import at_product
 from methods._core.cache import Slot
-from methods._core.context import Rewrite, Run, StepContext, split_target
+from methods._core.context import Rewrite, Run, StepContext, Watch, experts, split_target
 from methods._core.denoiser import Block, describe
 from methods._core.look import modulated_input
 from methods._core.site import Claim, attach, conflict, detach
+
+
+def per_denoiser(apply: Callable[..., Patch]) -> Callable[..., Patch]:
+    """Let `apply(target, config)` patch every denoiser of a pipeline that has several, all or none, as one patch.
+
+    Raises:
+        TypeError: the second argument is not of the method's `Config`, before anything is done.
+    """
+    default = inspect.signature(apply).parameters["config"].default
+
+    @functools.wraps(apply)
+    def applied(*args: Any, **kwargs: Any) -> Patch:
+        given = inspect.signature(apply).bind(*args, **kwargs).arguments
+        config = given.get("config", default)
+        if not isinstance(config, type(default)):
+            raise TypeError(f"config must be a {type(default).__module__}.{type(default).__qualname__}, not {config!r}")
+        first, *others = experts(next(iter(given.values())))
+        patch = apply(first, config)
+        try:
+            for expert in others:
+                patch.also.append(apply(expert, config))
+        except BaseException:
+            patch.remove()
+            raise
+        return patch
+    return applied
 
 
 class Patch:
@@ -38,6 +65,7 @@ class Patch:
         self.pipe, self.model = split_target(target)
         self.denoiser = describe(self.model)
         self.name, self.edits = name, edits
+        self.also: list[Patch] = []                         # the same method on the pipeline's other denoisers
         self.solver = None
         self.counts: Counter[str] = Counter()               # what was done, by the method's own words, for `report`
         self.rewrites: list[tuple[Claim, Callable[[StepContext], Rewrite | None]]] = []
@@ -63,7 +91,15 @@ class Patch:
         self._claims.append((module, claim, function))
 
     def attend(self, attn: nn.Module, function: Callable, claim: Claim = Claim.INSIDE) -> None:
-        """Call `function(product, q, k, v, **more)` in place of the attention product of `attn`; see `at_product`."""
+        """Call `function(product, q, k, v, **more)` in place of the attention product of `attn`; see `at_product`.
+
+        Raises:
+            ValueError: `attn` makes no scaled dot product, or one for each sample.
+        """
+        row = next((block.row for block in self.denoiser.blocks if block.attn is attn), None)
+        if row is not None and row.product != "one":
+            does = "attends without a map" if row.product == "none" else "attends sample by sample"
+            raise ValueError(f"{self.name} stands at the attention product, and this {type(self.model).__name__} {does}")
         self.around(attn, at_product(function), claim)
 
     def claim(self, modules: Iterable[nn.Module], claim: Claim) -> None:
@@ -74,7 +110,13 @@ class Patch:
         """Ask `function(context)` on the host, before any call of the denoiser, whether to make other calls in its place.
 
         `claim` says what of the call it changes, SOLVER, GUIDANCE, CROP or SKIP, and is the order in which patches are asked.
+
+        Raises:
+            ValueError: the model denoises several latents at once, of which a rewritten call would know one.
         """
+        if self.denoiser.row.latents > 1:
+            raise ValueError(f"{self.name} changes calls of the denoiser, and {type(self.model).__name__} denoises several "
+                             "latents in one call")
         self.rewrites.append((claim, function))
         self.claim([self.model], claim)
 
@@ -90,9 +132,21 @@ class Patch:
         """Run `function()` when a new sampling run starts and when the patch is reset."""
         self._on_run.append(function)
 
-    def solve(self, solver: Any) -> None:
-        """Let `solver.set_timesteps(call, ...)` and `solver.step(call, ...)` stand around those methods of the scheduler."""
-        self.solver = solver
+    def solve(self, solver: Any) -> Any:
+        """Let `solver.set_timesteps(call, ...)` and `solver.step(call, ...)` stand around those methods of the scheduler.
+
+        -> the solver that does: the one of the pipeline's first denoiser, where it has several
+
+        Raises:
+            ValueError: the scheduler does not step with what the model takes and gives.
+        """
+        if not self.denoiser.row.plain:
+            raise ValueError(f"{self.name} moves the latent between steps, and the pipelines of {type(self.model).__name__} "
+                             "scale it before and behind every call")
+        watch = Watch.on(self.pipe.scheduler)
+        first = next((patch for run in watch.runs for patch in run.patches if patch.name == self.name), None) if watch else None
+        self.solver = first.solver if first else solver
+        return self.solver
 
     def slot(self) -> Slot:
         """A new place to keep a value for each branch, emptied at every run and counted in `report()`."""
@@ -124,8 +178,10 @@ class Patch:
         Raises:
             ValueError: there is none (SDXL has none at full resolution: use `max_downsample=2`).
         """
+        linear = any(block.row.product == "none" for block in self.denoiser.blocks)
         return self.require(filter(where, self.denoiser.blocks_at(max_downsample)),
-                            f"self-attention{what} at a downsampling of {max_downsample} or less")
+                            f"self-attention{what} at a downsampling of {max_downsample} or less"
+                            + " whose cost grows faster than the tokens" * linear)
 
     def require_pipeline(self) -> None:
         """
@@ -221,6 +277,7 @@ class Patch:
             slot.select(context.branch, stale)
 
     def decide(self, context: StepContext) -> None:
+        self.denoiser.note(context.inputs)
         for function in self._before:
             function(context)
 
@@ -260,7 +317,9 @@ class Patch:
             raise ValueError(f"bytes={bytes} must not be negative")
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype} must be a floating-point type")
-        self._bytes = bytes
+        for patch in self.also:
+            patch.limit(bytes=None if bytes is None else bytes // (1 + len(self.also)), dtype=dtype)
+        self._bytes = None if bytes is None else bytes // (1 + len(self.also))
         for slot in self._slots:
             slot.clear()
             slot.dtype = dtype
@@ -268,8 +327,9 @@ class Patch:
 
     def reset(self) -> None:
         """Forget everything remembered between steps. A pipeline does it by itself; on a bare model, call it before a run."""
-        if self.run is not None:
-            self.run.restart()
+        for patch in (self, *self.also):
+            if patch.run is not None:
+                patch.run.restart()
 
     def report(self) -> dict[str, Any]:
         """What the patch did since the last run began.
@@ -278,16 +338,20 @@ class Patch:
         "no gain", with the `reason`. `saved` is the share of module calls, tokens, rows or evaluations that was left out.
         What the method counts follows by its own words, then the bytes kept.
         """
-        saved, of = self._tally
-        acted = bool(self.counts) if self.edits else saved > 0
-        state = "off" if self.off else "engaged" if acted else "no gain" if of or self.counts else "idle"
+        patches = (self, *self.also)
+        saved, of = (sum(patch._tally[side] for patch in patches) for side in (0, 1))
+        counts: Counter[str] = Counter()
+        for patch in patches:
+            counts.update(patch.counts)
+        acted = bool(counts) if self.edits else saved > 0
+        state = "off" if self.off else "engaged" if acted else "no gain" if of or counts else "idle"
         found: dict[str, Any] = {"method": self.name, "state": state}
         if state == "no gain":
             found["reason"] = self._reason()
         if not self.edits:
             found["saved"] = round(saved / of, 4) if of else 0.0
-        kept = {id(x): x.numel() * x.element_size() for slot in self._slots for x in slot.tensors()}
-        return found | dict(self.counts) | {"cached_bytes": sum(kept.values())}
+        kept = {id(x): x.numel() * x.element_size() for patch in patches for slot in patch._slots for x in slot.tensors()}
+        return found | dict(counts) | {"cached_bytes": sum(kept.values())}
 
     def _reason(self) -> str:
         if self._dropped:
@@ -298,6 +362,8 @@ class Patch:
 
     def remove(self) -> None:
         """Take the patch off. Calling it twice is harmless; other patches stay."""
+        for patch in self.also:
+            patch.remove()
         for module, _, function in self._claims:
             if function is not None:
                 detach(module, self)

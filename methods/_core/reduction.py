@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from methods._core.context import StepContext
-from methods._core.denoiser import Block
+from methods._core.denoiser import Block, Call
 from methods._core.patch import Patch
 from methods._core.site import Claim
 from methods._core.tokens import Plan
@@ -32,49 +32,25 @@ class Reduction:
     def wire(self, patch: Patch) -> None:
         """Stand around the block's norm, which sees its input, and its self-attention."""
         patch.around(self.block.norm, self.observe, Claim.LOOK)
-        patch.around(self.block.attn, getattr(self, self.block.stream), Claim.TOKENS)
+        patch.around(self.block.attn, self.around, Claim.TOKENS)
 
     def observe(self, forward, x: Tensor, *args, **kwargs):
-        """Around the norm: x is the block's input, (B, N, C), text first in a fused sequence."""
-        self.input = x
+        """Around the norm: x is the block's input, (B, N, C), with the text in it where that is one sequence."""
+        self.input = x.movedim(self.block.row.sequence_axis, 1)
         return forward(x, *args, **kwargs)
 
-    def plan(self) -> Plan | None:
+    def plan(self, call: Call) -> Plan | None:
+        """From the block's input: the image's tokens in it."""
         x, self.input = self.input, None
-        return self.planner(x[:, x.shape[1] - self.tokens:])
+        return self.planner(x.narrow(1, call.start(self.tokens), self.tokens))
 
-    def image(self, forward, x: Tensor, *args, **kwargs) -> Tensor:
-        plan = self.plan()
+    def around(self, forward, *args, **kwargs):
+        call = self.block.call(args, kwargs)
+        plan = self.plan(call)
         if plan is None:
-            return forward(x, *args, **kwargs)
-        return plan.restore(forward(self.reducer(plan, x), *args, **kwargs))
-
-    def joint(self, forward, hidden_states: Tensor, encoder_hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
-        plan = self.plan()
-        if plan is None:
-            return forward(hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, **kwargs)
-        kwargs = self.turn(kwargs, plan, encoder_hidden_states.shape[1])
-        rows = self.reducer(plan, hidden_states)
-        image, text = forward(hidden_states=rows, encoder_hidden_states=encoder_hidden_states, **kwargs)
-        return plan.restore(image), text
-
-    def fused(self, forward, hidden_states: Tensor, **kwargs) -> Tensor:
-        plan, words = self.plan(), hidden_states.shape[1] - self.tokens
-        if plan is None:
-            return forward(hidden_states=hidden_states, **kwargs)
-        short = torch.cat([hidden_states[:, :words], self.reducer(plan, hidden_states[:, words:])], 1)
-        out = forward(hidden_states=short, **self.turn(kwargs, plan, words))
-        return torch.cat([out[:, :words], plan.restore(out[:, words:])], 1)
-
-    def turn(self, kwargs: dict[str, Any], plan: Plan, words: int) -> dict[str, Any]:
-        """Gather the rotary embedding, cosine and sine of (words + tokens, D) or (tokens, D), along with the tokens."""
-        rotary = kwargs.get("image_rotary_emb")
-        if rotary is None:
-            return kwargs
-        owner = plan.owner[0]
-        if rotary[0].shape[0] > self.tokens:
-            owner = torch.cat([torch.arange(words, device=owner.device), words + owner])
-        return {**kwargs, "image_rotary_emb": tuple(part[owner.to(part.device)] for part in rotary)}
+            return forward(*args, **kwargs)
+        out = forward(**call.shorter(self.tokens, plan.owner[0], lambda x: self.reducer(plan, x)))
+        return call.restored(out, self.tokens, plan.owner.shape[1], plan.restore)
 
 
 def reduce_all(patch: Patch, layers: Sequence[Reduction], prepare: Callable) -> Patch:

@@ -1,10 +1,14 @@
-"""What a method may know about a scheduler: first-order steps of any length along its grid. One row per scheduler class."""
+"""What a method may know about a scheduler: first-order steps of any length along its grid. One row per scheduler class.
+
+A grid has `timesteps` (T,) and `sigmas` (T + 1,), its noise levels in the terms of its class. Between the latent and what the
+model is given lies the scheduler's `scale_model_input`: `input(x, at)` scales as it does, `latent(x, at)` takes that back.
+"""
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 
@@ -24,14 +28,25 @@ def flow_step(x: Tensor, velocity: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return x + (b - a) * velocity
 
 
-class DDIMGrid:
-    """The grid of a DDIM run: `timesteps` (T,) and cumulative alphas (T + 1,), the last one the clean end's."""
+class _Unscaled:
+    """The model is given the latent as it is."""
+
+    def input(self, x: Tensor, at: int) -> Tensor:
+        return x
+
+    def latent(self, x: Tensor, at: int) -> Tensor:
+        return x
+
+
+class DDIMGrid(_Unscaled):
+    """The grid of a DDIM run: cumulative alphas (T + 1,), the last one the clean end's, in place of noise levels."""
 
     def __init__(self, scheduler: DDIMScheduler):
         if scheduler.config.thresholding:
             raise ValueError("dynamic thresholding is not a first-order step; use a scheduler with thresholding=False")
         self.timesteps = scheduler.timesteps
         self.alphas = torch.cat([scheduler.alphas_cumprod[self.timesteps.cpu()], scheduler.final_alpha_cumprod[None]])
+        self.sigmas = (1 / self.alphas - 1).sqrt()
         self.prediction = scheduler.config.prediction_type
         self.clip = scheduler.config.clip_sample_range if scheduler.config.clip_sample else None
 
@@ -61,8 +76,8 @@ class DDIMGrid:
         scheduler.timesteps = self.timesteps[keep]
 
 
-class FlowGrid:
-    """The grid of a flow-matching Euler run: `timesteps` (T,) and noise levels (T + 1,), the last one zero."""
+class FlowGrid(_Unscaled):
+    """The grid of a flow-matching Euler run: noise levels from one to zero."""
 
     def __init__(self, scheduler: FlowMatchEulerDiscreteScheduler):
         if scheduler.config.stochastic_sampling:
@@ -83,17 +98,55 @@ class FlowGrid:
         scheduler.timesteps, scheduler.sigmas = self.timesteps[keep], self.sigmas[[*keep, -1]]
 
 
-ROWS = {DDIMScheduler: DDIMGrid, FlowMatchEulerDiscreteScheduler: FlowGrid}
+class EulerGrid:
+    """The grid of an Euler run over standard deviations of noise (T + 1,), the last one zero. Karras et al. 2022, Alg. 1."""
+
+    def __init__(self, scheduler: EulerDiscreteScheduler):
+        self.timesteps, self.sigmas = scheduler.timesteps, scheduler.sigmas
+        self.prediction = scheduler.config.prediction_type
+
+    def input(self, x: Tensor, at: int) -> Tensor:
+        return x / (self.sigmas[at].to(x) ** 2 + 1).sqrt()
+
+    def latent(self, x: Tensor, at: int) -> Tensor:
+        return x * (self.sigmas[at].to(x) ** 2 + 1).sqrt()
+
+    def score(self, output: Tensor, x: Tensor, at: int) -> Tensor:
+        """dx / dsigma, the noise, that a model output at grid point `at`, latent `x`, stands for."""
+        sigma = self.sigmas[at].to(x)
+        if self.prediction == "v_prediction":
+            return sigma / (sigma ** 2 + 1) * x + output / (sigma ** 2 + 1).sqrt()
+        if self.prediction == "sample":
+            return (x - output) / sigma
+        return output
+
+    def move(self, x: Tensor, score: Tensor, start: int, to: int) -> Tensor:
+        return flow_step(x.float(), score, self.sigmas[start].to(x.device), self.sigmas[to].to(x.device)).to(score.dtype)
+
+    def step(self, x: Tensor, output: Tensor, at: int, to: int) -> Tensor:
+        return self.move(x, self.score(output, x, at), at, to)
+
+    def thin(self, scheduler: Any, keep: list[int]) -> None:
+        """Make the pipeline loop over the grid points `keep` only."""
+        scheduler.timesteps, scheduler.sigmas = self.timesteps[keep], self.sigmas[[*keep, -1]]
 
 
-def grid_class(scheduler: Any) -> type[DDIMGrid] | type[FlowGrid]:
+STOCHASTIC = ("Ancestral", "LCM", "TCD", "SDE", "DDPM")           # in the names of classes whose steps add noise
+ROWS = {DDIMScheduler: DDIMGrid, FlowMatchEulerDiscreteScheduler: FlowGrid, EulerDiscreteScheduler: EulerGrid}
+
+
+def grid_class(scheduler: Any) -> type[DDIMGrid] | type[FlowGrid] | type[EulerGrid]:
     """The row of a scheduler's class.
 
     Raises:
-        ValueError: not a first-order solver this library knows.
+        ValueError: not a first-order solver this library knows; multistep and stochastic ones say why they are none.
     """
     for cls, row in ROWS.items():
         if isinstance(scheduler, cls):
             return row
-    known = ", ".join(cls.__name__ for cls in ROWS)
-    raise ValueError(f"{type(scheduler).__name__} is not a first-order solver this library knows; it knows {known}")
+    name, known = type(scheduler).__name__, ", ".join(cls.__name__ for cls in ROWS)
+    if hasattr(scheduler, "model_outputs") or hasattr(scheduler, "ets"):
+        raise ValueError(f"{name} steps from several past outputs, which a jump over steps would mix up; use one of {known}")
+    if any(word in name for word in STOCHASTIC):
+        raise ValueError(f"{name} draws noise in every step, so that a step has no past to go on from; use one of {known}")
+    raise ValueError(f"{name} is not a first-order solver this library knows; it knows {known}")

@@ -6,8 +6,9 @@ A test file runs them all:
     def test_contract(check, case):
         check(case)
 
-All checks run on the families of `ARCHETYPES`, and a short trio on the others; `pytest --everything` runs all on all. A module
-whose defaults do nothing on small models of random weights names a Config that does in `TINY`.
+They run on the families of `ARCHETYPES`; on every other family, tests/test_compatibility.py tries that the method engages,
+changes the result and comes off. `pytest --everything` runs all checks on all families. A module whose defaults do nothing on
+small models of random weights names a Config that does in `TINY`.
 """
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from families import FAMILIES, Family
+from families import FAMILIES, FIRST, Family
 
 from accel_tools.measure.macs import count_macs
 from methods._core import patch as patch_module
@@ -93,22 +94,45 @@ def patches() -> list[ModuleType]:
 
 @cache
 def attempt(method: ModuleType, family: Family) -> dict[str, Any]:
-    """Whether a method works on a family, found by trying: what stands in the committed table."""
-    pipe = family.pipe()
-    try:
-        with method.apply(pipe, engaging(method)) as patch:
-            family.run(pipe, steps=6)
+    """Whether a method works on a family, found by trying: what stands in the committed table.
+
+    Works is: it engages and changes the result, which stays finite, and it comes off without a trace. Where its default is
+    refused, the settings of its `ELSEWHERE` are tried, and reducers of tokens a level further down; `with` says which works.
+    """
+    config, pipe = engaging(method), untouched(family.name)
+    changes = [*getattr(method, "ELSEWHERE", ()), *([{"max_downsample": 2}] if hasattr(config, "max_downsample") else [])]
+    found: dict[str, Any] = {}
+    for change in ({}, *changes):
+        try:
+            patch = method.apply(pipe, replace(config, **change))
+        except ValueError as refusal:
+            found = found or {"works": False, "reason": str(refusal)}
+            continue
+        with patch:
+            out = family.run(pipe, steps=6)
             assert patch.report()["state"] == "engaged", (method, family.name, patch.report())
-    except ValueError as refusal:
-        return {"works": False, "reason": str(refusal)}
-    return {"works": True}
+        assert out.isfinite().all() and not torch.equal(out, plain(family.name, steps=6))
+        assert torch.equal(family.run(pipe, steps=6), plain(family.name, steps=6))
+        return {"works": True} | ({"with": change} if change else {})
+    return found
+
+
+@cache
+def untouched(family: str) -> Any:
+    """One pipeline of a family, on which patches are put and taken off again."""
+    return FAMILIES[family].pipe()
 
 
 def working(method: ModuleType) -> list[Family]:
-    """The families on which the method works, by the committed table, which tests/test_compatibility.py holds true, or by
-    trying where that has no row yet."""
-    row = json.loads(COMPATIBILITY.read_text()).get(slug(method), {})
-    return [family for name, family in FAMILIES.items() if (row.get(name) or attempt(method, family))["works"]]
+    """The first families on which the method works as it is."""
+    return [FAMILIES[name] for name in FIRST if setting(method, FAMILIES[name]) == {}]
+
+
+def setting(method: ModuleType, family: Family) -> dict[str, Any] | None:
+    """What of the configuration differs where the method works on the family, by the committed table, which
+    tests/test_compatibility.py holds true, or by trying where that has no row yet; None where it does not work."""
+    found = json.loads(COMPATIBILITY.read_text()).get(slug(method), {}).get(family.name) or attempt(method, family)
+    return found.get("with", {}) if found["works"] else None
 
 
 @cache
@@ -118,14 +142,13 @@ def claims(method: ModuleType) -> list[str]:
 
 
 def cases(method: ModuleType, config: Any) -> list[tuple]:
-    """The checks on every family the method works on; on SDXL, which has no attention at full resolution, a level down."""
-    found = [Case(method, config, family) for family in working(method)]
-    whole = [case.family.name for case in found if case.family.name in ARCHETYPES] or [found[0].family.name]
-    if hasattr(config, "max_downsample") and all(case.family.name != "sdxl" for case in found):
-        found.append(Case(method, replace(config, max_downsample=2), FAMILIES["sdxl"]))
+    """The checks on the families the method works on, with the setting that makes it work there."""
+    found = [Case(method, replace(config, **change), family) for family in FAMILIES.values()
+             if (change := setting(method, family)) is not None]
+    some = [case for case in found if case.family.name in ARCHETYPES] or found[:1]
+    found = found if "EVERYTHING" in os.environ else some
     checks = [check for check in CHECKS if check not in OF_COST or "macs" in claims(method)]
-    return [(check, case) for check in checks for case in found
-            if check in TRIO or case.family.name in whole or "EVERYTHING" in os.environ]
+    return [(check, case) for check in checks for case in found]
 
 
 def name(value: Any) -> str:
@@ -454,8 +477,8 @@ def half_precision(case: Case) -> None:
 
 
 OF_COST = (on_changes_the_result_and_costs_less, engaged_means_cheaper, what_is_said_to_be_skipped_is_not_run)
-TRIO = [off_is_the_identity, on_changes_the_result_and_costs_less, removal_restores_every_bit]
-CHECKS = [*TRIO, a_second_application_is_refused, runs_leave_nothing_behind, an_interrupted_run_leaves_nothing_behind,
+CHECKS = [off_is_the_identity, on_changes_the_result_and_costs_less, removal_restores_every_bit,
+          a_second_application_is_refused, runs_leave_nothing_behind, an_interrupted_run_leaves_nothing_behind,
           a_failed_application_leaves_nothing_behind, engaged_means_cheaper, what_is_said_to_be_skipped_is_not_run,
           what_is_kept_can_be_limited, a_server_does_not_fill_the_memory, image_to_image,
           two_models_in_two_threads_equal_solo_runs, a_second_thread_in_a_run_is_refused,

@@ -1,0 +1,126 @@
+"""How a latent becomes a grid of tokens: frames, rows and columns, from the inputs of the model's forward."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+Size = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Places of a latent that is an image or a video: `frames`, `height` its axes, the width behind the height.
+
+    `patch_size` in the configuration of the model is the side of a patch, or the three sides.
+    """
+
+    frames: int | None = None
+    height: int = -2
+    per_frame: bool = False           # frames are samples to the spatial blocks
+
+    def patch(self, model: nn.Module) -> Size:
+        """Places that make one token: frames, rows, columns."""
+        side = getattr(model.config, "patch_size", 1) or 1
+        if isinstance(side, (list, tuple)):
+            return tuple(side) if len(side) == 3 else (1, *side)
+        return getattr(model.config, "patch_size_t", None) or 1, side, side
+
+    def __call__(self, model: nn.Module, inputs: dict[str, Any], latent: str) -> Size:
+        shape = inputs[latent].shape
+        frames = 1 if self.frames is None or len(shape) == 4 else shape[self.frames]
+        return tuple(n // p for n, p in zip((frames, shape[self.height], shape[self.height + 1]), self.patch(model), strict=True))
+
+    def behind(self, model: nn.Module, inputs: dict[str, Any], latent: str) -> int:
+        """Tokens of the latent that follow those of the grid: references."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Places(Grid):
+    """A UNet: every place is a token at full resolution."""
+
+    def patch(self, model: nn.Module) -> Size:
+        return 1, 1, 1
+
+
+@dataclass(frozen=True)
+class Packed(Grid):
+    """A latent (B, N, C) of packed tokens whose `ids` (N, 3 or 4), or (B, N, 3), name frame, row and column of each.
+
+    Tokens that follow with another frame than the first are references (Kontext, editing).
+    """
+
+    ids: str = "img_ids"
+
+    def patch(self, model: nn.Module) -> Size:
+        return 1, 1, 1
+
+    def __call__(self, model: nn.Module, inputs: dict[str, Any], latent: str) -> Size:
+        ids = inputs[self.ids]
+        ids = (ids if ids.ndim == 2 else ids[0])[-inputs[latent].shape[1]:]
+        ids = ids[ids[:, 0] == ids[0, 0]]
+        height, width = (int(axis.max() - axis.min()) + 1 for axis in ids[:, 1:3].unbind(-1))
+        return len(ids) // (height * width), height, width
+
+    def behind(self, model: nn.Module, inputs: dict[str, Any], latent: str) -> int:
+        return inputs[latent].shape[1] - math.prod(self(model, inputs, latent))
+
+
+@dataclass(frozen=True)
+class Named(Grid):
+    """A packed latent whose sides are inputs of their own."""
+
+    names: tuple[str, str, str] = ("num_frames", "height", "width")
+
+    def patch(self, model: nn.Module) -> Size:
+        return 1, 1, 1
+
+    def __call__(self, model: nn.Module, inputs: dict[str, Any], latent: str) -> Size:
+        return tuple(inputs[name] for name in self.names)
+
+
+@dataclass(frozen=True)
+class Shapes(Grid):
+    """A packed latent whose sides are the first item of an input with the shapes of all images of each sample."""
+
+    name: str = "img_shapes"
+
+    def patch(self, model: nn.Module) -> Size:
+        return 1, 1, 1
+
+    def __call__(self, model: nn.Module, inputs: dict[str, Any], latent: str) -> Size:
+        first = inputs[self.name][0]
+        return tuple(first[0] if isinstance(first[0], (tuple, list)) else first)
+
+    def behind(self, model: nn.Module, inputs: dict[str, Any], latent: str) -> int:
+        return inputs[latent].shape[1] - math.prod(self(model, inputs, latent))
+
+
+@dataclass(frozen=True)
+class Listed(Grid):
+    """A list of (C, F, H, W), one a sample; the call names the side of a patch."""
+
+    def patch(self, model: nn.Module) -> Size:
+        side, frames = model.config.all_patch_size[0], model.config.all_f_patch_size[0]
+        return frames, side, side
+
+    def __call__(self, model: nn.Module, inputs: dict[str, Any], latent: str) -> Size:
+        side, frames = inputs.get("patch_size", 2), inputs.get("f_patch_size", 1)
+        return tuple(n // p for n, p in zip(inputs[latent][0].shape[1:], (frames, side, side), strict=True))
+
+
+@dataclass(frozen=True)
+class Marked(Grid):
+    """One sequence of words and image, in which `indicator` marks the kind of each token and `position_ids` its place."""
+
+    def patch(self, model: nn.Module) -> Size:
+        return 1, 1, 1
+
+    def __call__(self, model: nn.Module, inputs: dict[str, Any], latent: str) -> Size:
+        marks = inputs["indicator"][0]
+        ids = inputs["position_ids"][0][marks == marks[-1]]
+        height, width = (int(axis.max() - axis.min()) + 1 for axis in ids[:, 1:].unbind(-1))
+        return len(ids) // (height * width), height, width
