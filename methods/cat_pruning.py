@@ -259,9 +259,6 @@ class _Choice:
 def apply(target: Any, config: Config = Config()) -> Patch:
     """After `config.warmup` steps, compute a share of the image tokens in every block and reuse the rest.
 
-    Args:
-        target: a diffusers pipeline over SD3, PixArt or DiT, or its transformer.
-
     Raises:
         ValueError: another model, or already applied.
     """
@@ -270,7 +267,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         return patch
     denoiser = patch.denoiser
     able = denoiser.head is not None and all(
-        not block.rotary and not block.temporal and block.stream != "fused" and block.row.product == "one" for block in denoiser.blocks)
+        b.by_rows and b.stream != "fused" and not b.rotary and not b.temporal for b in denoiser.blocks)
     blocks = patch.require(denoiser.blocks if able else (), "chain of blocks over one image without rotary positions")
     head = _Head(patch.slot(), patch.slot())
     choice = _Choice(patch, head, config)

@@ -215,15 +215,15 @@ def convert(model: nn.Module, config: Config = Config()) -> nn.Module:
         model: a DiTTransformer2DModel or PixArtTransformer2DModel. It stays as it is.
 
     Raises:
-        TypeError: no row in methods/_core/denoiser.py.
+        TypeError: no row in methods/_core/families.
         ValueError: already converted; blocks of another kind; a name in `config.backbone` that no parameter has.
     """
     if hasattr(model, "routers"):
         raise ValueError(f"this {type(model).__name__} has routers already")
     blocks = describe(model).blocks
-    if not all(block.stream == "image" and not block.temporal and block.attn.heads > 1 and block.attn.to_q.in_features >= 16
-               and _embeddings(model, block) and block.ff.net[0].proj.out_features == block.ff.net[-1].in_features
-               for block in blocks):
+    if not all(block.stream == "image" and not (block.rotary or block.temporal) and block.attn.heads > 1
+               and block.attn.to_q.in_features >= 16 and _embeddings(model, block)
+               and block.ff.net[0].proj.out_features == block.ff.net[-1].in_features for block in blocks):
         raise ValueError(f"dydit: this {type(model).__name__} has no chain of blocks with an embedded timestep, self-attention "
                          "of several heads and a plain MLP, so there is nothing to route")
     model = copy.deepcopy(model).eval()

@@ -114,7 +114,7 @@ class _Solver:
         given, train = torch.as_tensor(given), self.patch.pipe.scheduler.config.num_train_timesteps
         told = denoiser.row.clock(t, self.grid.sigmas[self.jump.at], train).to(given)
         inputs = denoiser.as_input(self.moved_input(context.sample))
-        inputs[denoiser.row.time] = torch.where(given == given.max(), told, given)     # frames that are given stay at their time
+        inputs[denoiser.row.time] = torch.where(given == given.max(), told, given)     # given frames stay at their time
         return Rewrite((context.replace(inputs, t=float(t)),), lambda out: out)
 
     def moved_input(self, x: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ Example
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,7 @@ import torch
 from torch import Tensor
 
 from accel_kernels.topk import topk_partition
-from methods._core.attention import mean_map, with_mass
+from methods._core.attention import entropy, mean_map, with_mass
 from methods._core.cache import Rows, Slot, of_any_length
 from methods._core.context import StepContext
 from methods._core.denoiser import Block, Branch, check_whole
@@ -70,12 +71,11 @@ class Config:
     per_block_decision: bool = False  # repeat the released code's slip, see Departures
 
     def __post_init__(self):
-        if self.interval < 1:
-            raise ValueError(f"interval={self.interval} must be at least 1")
+        for name in ("interval", "cell"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.fresh <= 1:
             raise ValueError(f"fresh={self.fresh} outside [0, 1]")
-        if self.cell is not None and self.cell < 1:
-            raise ValueError(f"cell={self.cell} must be at least 1")
         if self.schedule not in ("auto", *SCHEDULES):
             raise ValueError(f"schedule={self.schedule!r} must be 'auto' or one of {', '.join(SCHEDULES)}")
 
@@ -84,8 +84,7 @@ OFF = Config(interval=1)
 
 
 def schedule_of(blocks: Iterable[Block]) -> str:
-    """The released schedule of the model that is built most alike: by temporal blocks, a text in the self-attention, or a
-    cross-attention."""
+    """The released schedule of the model that is built most alike."""
     if any(block.temporal for block in blocks):
         return "open-sora"
     if any(block.stream != "image" for block in blocks):
@@ -140,13 +139,6 @@ def fresh_ratio(schedule: str, base: float, i: int, steps: int, depth: float, ki
     else:
         factor = (1.5 - depth) * (1.6 if kind == "total" else 0.4)
     return min(1.0, max(0.0, base * factor))
-
-
-def entropy(maps: Tensor, guided: bool) -> Tensor:
-    """s2: entropy of the rows of a cross-attention map (B, N, T), whose guidance halves are averaged first. -> (B, N)"""
-    if guided:
-        maps = maps.unflatten(0, (2, -1)).mean(0).repeat(2, 1, 1)
-    return -(maps * (maps + 1e-7).log()).sum(-1)
 
 
 def spread(score: Tensor, height: int, width: int, cell: int, bonus: float) -> Tensor:
@@ -205,8 +197,7 @@ class _Branch(Rows):
         """Scores of the branch's tokens, the text's or the image's, scaled to unit length. -> (B, tokens)"""
         text = self.branch.name == "ff_context"
         score = self.mass.value if self.entropy.value is None else 1 + self.entropy.value
-        start = score.shape[1] - tokens if text != self.block.text_first else 0
-        score = score.narrow(1, start, tokens)
+        score = score.narrow(1, score.shape[1] - tokens if text != self.block.text_first else 0, tokens)
         return score / score.norm(dim=1, keepdim=True)
 
 
@@ -226,12 +217,6 @@ class _Attention:
     def measure(self, product, q: Tensor, k: Tensor, v: Tensor, **more) -> Tensor:
         out, self.mass.value = with_mass(q, k, v, **more)
         return out
-
-
-def _renewable(block: Block) -> bool:
-    """Rows of its feed-forward can be computed by themselves, and its attention product can be seen."""
-    row = block.row
-    return row.alone and not row.shared and row.product == "one" and not (row.total and row.text == "apart")
 
 
 def _wire(patch: Patch, blocks: list[Block], schedule: str, scored: bool) -> tuple[list[_Attention], list[_Branch]]:
@@ -259,19 +244,16 @@ def _wire(patch: Patch, blocks: list[Block], schedule: str, scored: bool) -> tup
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Reuse attention, and all but the most important rows of MLPs and cross-attentions, between full steps.
 
-    Args:
-        target: a diffusers pipeline over DiT, PixArt, Latte or Flux.
-
     Raises:
-        ValueError: a bare model (the schedules need the number of steps), another model, or already applied.
+        ValueError: a UNet, a bare model (the schedules need the number of steps), or already applied.
     """
     patch = Patch(target, "toca")
     if config.interval == 1:
         return patch
     patch.require_pipeline()
     denoiser = patch.denoiser
-    able = not denoiser.unet and denoiser.row.latents == 1 and all(map(_renewable, denoiser.blocks))
-    blocks = patch.require(denoiser.blocks if able else (), "chain of blocks over one latent, each with a feed-forward of its own")
+    able = not denoiser.unet and denoiser.row.latents == 1 and all(block.by_rows for block in denoiser.blocks)
+    blocks = patch.require(denoiser.blocks if able else (), "chain of blocks over one latent, each with its own feed-forward")
     schedule = schedule_of(blocks) if config.schedule == "auto" else config.schedule
     bonus, cell = SPREAD.get(schedule, (0.0, 1))
     bonus, cell = bonus if config.bonus is None else config.bonus, cell if config.cell is None else config.cell

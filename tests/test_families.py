@@ -88,7 +88,7 @@ def test_a_permutation_of_the_tokens_changes_nothing(family):
 
 
 def _zero(module, args, out):
-    return tuple(torch.zeros_like(x) if torch.is_tensor(x) else x for x in out) if isinstance(out, tuple) else torch.zeros_like(out)
+    return tuple(map(torch.zeros_like, out)) if isinstance(out, tuple) else torch.zeros_like(out)
 
 
 @ALL
@@ -96,7 +96,7 @@ def test_without_its_branches_a_block_is_the_identity(family):
     """Finds a missing or a doubled branch, and streams that are named wrongly."""
     pipe, seen, handles = family.pipe(), [], []
     for model in family.models(pipe):
-        for places in getattr(model, "learnable_pos_embed", torch.nn.Module()).parameters():     # Cosmos adds them in each block
+        for places in getattr(model, "learnable_pos_embed", torch.nn.Module()).parameters():     # Cosmos adds them anew
             places.zero_()
         for block in describe(model).blocks:
             handles += [branch.module.register_forward_hook(_zero) for branch in block.branches]
@@ -131,8 +131,7 @@ def test_a_changed_place_of_the_latent_moves_its_token(family):
         moved = sample.clone()
         at = [slice(None)] * sample.ndim
         if sample.ndim == 3:
-            offset = sample.shape[1] - tokens if denoiser.row.grid.behind(denoiser.model, inputs, denoiser.row.latent) == 0 else 0
-            at[1] = offset + place[0] * width + place[1]
+            at[1] = sample.shape[1] - block.behind - tokens + place[0] * width + place[1]
         else:
             axis = denoiser.row.grid.height % sample.ndim if denoiser.row.grid.height < 0 else denoiser.row.grid.height
             at[axis], at[axis + 1] = place[0] * patch[1], place[1] * patch[2]

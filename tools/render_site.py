@@ -50,7 +50,8 @@ def pages(site: Site) -> dict[str, str]:
             related=views.related(catalog, entry), plots=views.plots(tables, slug),
             successors=[e for e in entries.values() if slug in e.builds_on],
             measured=views.measurements(site, entry), study=views.study(site, slug), tested=views.tested(site, slug))
-    add("models.md", "models.md.j2", families=[views.family(site, name) for name in views.FAMILIES])
+    add("models.md", "models.md.j2", families=[views.family(site, name) for name in views.families(site)],
+        columns=len(views.FIRST))
     add("stacking.md", "stacking.md.j2", stacking=views.stacking(site))
     add("tags/index.md", "tags.md.j2", tagged=tagged, axes=views.AXES)
     for (axis, term), groups in tagged.items():

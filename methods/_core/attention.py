@@ -111,6 +111,13 @@ def mean_map(q: Tensor, k: Tensor, attn_mask: Tensor | None = None, scale: float
     return scores.softmax(-1).mean(1)
 
 
+def entropy(maps: Tensor, guided: bool) -> Tensor:
+    """Entropy of the rows of a cross-attention map (B, N, T), whose guidance halves are averaged first. -> (B, N)"""
+    if guided:
+        maps = maps.unflatten(0, (2, -1)).mean(0).repeat(2, 1, 1)
+    return -(maps * (maps + 1e-7).log()).sum(-1)
+
+
 def band_share(tokens: int, window: int) -> float:
     """What `banded` computes, as a share of the whole map."""
     return min(1.0, 3 * window * math.ceil(tokens / window) * window / tokens ** 2)

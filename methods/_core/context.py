@@ -404,7 +404,7 @@ class Run:
         for patch in self.patches:
             patch.decide(context)
         self.result = forward(**context.inputs)
-        out = self.denoiser.tensor(self.result[0])
+        out = self.denoiser.tensor(self.result if torch.is_tensor(self.result) else self.result[0])
         for patch in self.patches:
             patch.end_call(context, out)
         return out
@@ -412,6 +412,8 @@ class Run:
     def _wrapped(self, out: Tensor, as_dict: bool) -> Any:
         """`out` in the form in which the model gives its output, with what else it gave."""
         out = self.denoiser.as_output(out)
+        if torch.is_tensor(self.result):                        # Kandinsky 5 gives it bare
+            return out
         if not as_dict:
             return (out, *(self.result or ())[1:])
         if self.result is not None:

@@ -62,6 +62,12 @@ class Block:
         return bool(self.row.along)
 
     @property
+    def by_rows(self) -> bool:
+        """Rows of its feed-forward can be computed by themselves, and its attention product can be seen."""
+        row = self.row
+        return row.alone and not row.shared and row.product == "one" and not (row.total and row.text == "apart")
+
+    @property
     def masked(self) -> bool:
         """The attention may be given a mask."""
         return any("mask" in name for name in self.row.along)
@@ -327,7 +333,8 @@ def describe(model: nn.Module) -> Denoiser:
     """
     row = find(type(model))
     if row is None:
-        raise TypeError(f"{type(model).__name__} is not a denoiser this library knows; it knows {', '.join(sorted(families()))}")
+        known = ", ".join(sorted(families()))
+        raise TypeError(f"{type(model).__name__} is not a denoiser this library knows; it knows {known}")
     if row.unet:
         stages = tuple(_stages(model))
         return Denoiser(row, model, tuple(_unet_blocks(model, stages)), stages)
@@ -352,7 +359,8 @@ def _block(row: Blocks, module: nn.Module, index: int, level: int = 0) -> Block:
         projection, *feeds = map(part, row.total)
         branches = [Branch("total", projection, tuple(feeds))]
     else:
-        named = {"attn": row.attn, "cross": row.cross, "ff": row.ff, "ff_context": row.ff_text} | {name: name for name in row.more}
+        named = {"attn": row.attn, "cross": row.cross, "ff": row.ff, "ff_context": row.ff_text}
+        named |= {more: more for more in row.more}
         branches = [Branch(name, part(where)) for name, where in named.items() if part(where) is not None]
     return Block(module, index, level, row, part(row.norm), part(row.attn), part(row.cross), part(row.ff), tuple(branches))
 
@@ -363,8 +371,8 @@ LAYERS = ("resnets", "temp_convs", "attentions", "temp_attentions", "motion_modu
 def _stages(model: nn.Module) -> Iterator[Stage]:
     def stage(module: nn.Module, side: str, number: int, samplers: Any) -> Stage:
         kinds = [list(getattr(module, name, None) or ()) for name in LAYERS]
-        layers = tuple(tuple(kind[i] for kind in kinds if i < len(kind) and kind[i] is not None) for i in range(len(module.resnets)))
-        return Stage(module, side, number, layers, samplers[0] if samplers else None)
+        layers = [tuple(kind[i] for kind in kinds if i < len(kind) and kind[i] is not None) for i in range(len(module.resnets))]
+        return Stage(module, side, number, tuple(layers), samplers[0] if samplers else None)
 
     for number, module in enumerate(model.down_blocks):
         yield stage(module, "down", number, module.downsamplers)

@@ -3,9 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from methods._core.context import StepContext

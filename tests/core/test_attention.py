@@ -2,7 +2,7 @@
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, SlicedAttnProcessor
-from families import FAMILIES, Family
+from families import FAMILIES, FIRST, Family
 
 from methods._core.attention import at_product, mean_map, unmasked, with_mass
 from methods._core.patch import Patch
@@ -34,7 +34,7 @@ def test_it_is_called_with_what_the_module_would_multiply():
     torch.testing.assert_close(out, attn.to_out[0](heads.transpose(1, 2).flatten(2)))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FIRST)
 def test_passing_it_on_changes_nothing_on_any_family(name):
     """Also with fused projections, which some families have."""
     family = FAMILIES[name]
@@ -82,6 +82,12 @@ def test_map_and_mass():
     found = mean_map(q, k, attn_mask=keep)
     torch.testing.assert_close(found, mean_map(q, k, attn_mask=bias))
     assert not found[..., 2].any()
+    out, mass = with_mass(q, k, v, attn_mask=keep[None])
+    torch.testing.assert_close(mass, found.sum(1))
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias[None]))
+    few = with_mass(q, k[:, :1], v[:, :1])                           # keys with fewer heads
+    for a, b in zip(few, with_mass(q, *(x[:, :1].expand(-1, 2, -1, -1) for x in (k, v))), strict=True):
+        torch.testing.assert_close(a, b)
     with pytest.raises(ValueError, match="has a mask"):
-        with_mass(q, k, v, attn_mask=bias)
+        unmasked(bias)
     assert unmasked(None) is None

@@ -1,13 +1,13 @@
 """What is kept from step to step, and the arounds that give it again."""
 import pytest
 import torch
-from families import FAMILIES, Family
+from families import FAMILIES, FIRST, Family
 
 from methods._core.cache import Delta, chains
 from methods._core.denoiser import describe
 from methods._core.patch import Patch
 
-CHAINED = [family for family in FAMILIES.values() if not describe(Family.model(family.pipe())).unet]
+CHAINED = [family for name in FIRST if not describe(Family.model((family := FAMILIES[name]).pipe())).unet]
 
 
 def call(model):

@@ -11,4 +11,4 @@ def make(layers: int = 2) -> AuraFlowPipeline:
     return AuraFlowPipeline(None, None, vae(), model, FlowMatchEulerDiscreteScheduler())
 
 
-FAMILY = Family("aura_flow", make, ((32, 48), (48, 32)), lambda batch, seed: dict(**both(batch, seed), **masks(batch)))
+FAMILY = Family("aura-flow", make, ((32, 48), (48, 32)), lambda batch, seed: dict(**both(batch, seed), **masks(batch)))

@@ -10,5 +10,5 @@ def make(layers: int = 3) -> ErnieImagePipeline:
     return ErnieImagePipeline(model, flux2_vae(), None, None, FlowMatchEulerDiscreteScheduler(shift=3.0))
 
 
-FAMILY = Family("ernie_image", make, ((64, 96), (64, 64)), lambda batch, seed: dict(
+FAMILY = Family("ernie-image", make, ((64, 96), (64, 64)), lambda batch, seed: dict(
     prompt_embeds=list(text(batch, seed)), negative_prompt_embeds=list(text(batch, seed + 50, words=4))))

@@ -1,4 +1,4 @@
-from diffusers import Flux2Pipeline, Flux2Transformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Transformer2DModel
 
 from families.making import WIDTH, Family, flux2_vae, text
 
@@ -10,7 +10,8 @@ def transformer(layers: int = 2, **more) -> Flux2Transformer2DModel:
 
 
 def make(layers: int = 2) -> Flux2Pipeline:
-    return Flux2Pipeline(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), flux2_vae(), None, None, transformer(layers))
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return Flux2Pipeline(scheduler, flux2_vae(), None, None, transformer(layers))
 
 
 FAMILY = Family("flux2", make, ((32, 48), (48, 64)), lambda batch, seed: dict(prompt_embeds=text(batch, seed)))

@@ -1,4 +1,4 @@
-from diffusers import Flux2KleinPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 
 from families import flux2
 from families.making import Family, flux2_vae, text
@@ -11,5 +11,5 @@ def make(layers: int = 2) -> Flux2KleinPipeline:
                               is_distilled=False)
 
 
-FAMILY = Family("flux2_klein", make, ((32, 48), (48, 64)), lambda batch, seed: dict(
+FAMILY = Family("flux2-klein", make, ((32, 48), (48, 64)), lambda batch, seed: dict(
     prompt_embeds=text(batch, seed), negative_prompt_embeds=text(batch, seed + 50, words=4)), row="flux2")

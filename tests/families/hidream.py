@@ -1,7 +1,7 @@
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, HiDreamImagePipeline, HiDreamImageTransformer2DModel
 
-from families.making import WIDTH, Family, both, text, vae
+from families.making import WIDTH, Family, text, vae
 
 
 def make(layers: int = 2) -> HiDreamImagePipeline:
@@ -19,10 +19,9 @@ def call(batch: int, seed: int) -> dict:
     def layers(shift: int) -> torch.Tensor:
         return torch.stack([text(batch, seed + shift + i, words=4) for i in range(2)])
 
-    t5, pooled = both(batch, seed), both(batch, seed, words=1)
-    return dict(prompt_embeds_t5=t5["prompt_embeds"], negative_prompt_embeds_t5=t5["negative_prompt_embeds"],
+    return dict(prompt_embeds_t5=text(batch, seed), negative_prompt_embeds_t5=text(batch, seed + 50),
                 prompt_embeds_llama3=layers(0), negative_prompt_embeds_llama3=layers(50),
-                pooled_prompt_embeds=pooled["prompt_embeds"][:, 0], negative_pooled_prompt_embeds=pooled["negative_prompt_embeds"][:, 0])
+                pooled_prompt_embeds=text(batch, seed)[:, 0], negative_pooled_prompt_embeds=text(batch, seed + 50)[:, 0])
 
 
 FAMILY = Family("hidream", make, ((32, 32), (32, 32)), call)

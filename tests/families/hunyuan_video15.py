@@ -26,5 +26,5 @@ def call(batch: int, seed: int) -> dict:
     return both(batch, seed) | second | masks(batch, "prompt_embeds_mask") | masks(batch, "prompt_embeds_mask_2", 3)
 
 
-FAMILY = Family("hunyuan_video15", make, ((32, 48), (48, 32)), lambda batch, seed: call(batch, seed) | {"num_frames": 5},
+FAMILY = Family("hunyuan-video-15", make, ((32, 48), (48, 32)), lambda batch, seed: call(batch, seed) | {"num_frames": 5},
                 guidance=None)

@@ -31,7 +31,8 @@ def encode_prompt(prompt, grid_h: int, grid_w: int, max_sequence_length: int, de
 
 
 def make(layers: int = 3) -> Ideogram4Pipeline:
-    pipe = Ideogram4Pipeline(FlowMatchEulerDiscreteScheduler(), flux2_vae(), None, None, transformer(layers), transformer(layers))
+    pipe = Ideogram4Pipeline(FlowMatchEulerDiscreteScheduler(), flux2_vae(), None, None, transformer(layers),
+                             transformer(layers))
     pipe.encode_prompt, pipe.check_inputs = encode_prompt, lambda **_: None
     return pipe
 

@@ -35,8 +35,9 @@ def masks(batch: int, name: str = "prompt_attention_mask", words: int = WORDS,
 
 
 def vae(channels: int = 4) -> AutoencoderKL:
-    return AutoencoderKL(latent_channels=channels, block_out_channels=(8, 8), norm_num_groups=4, sample_size=32, shift_factor=0.0,
-                         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    return AutoencoderKL(latent_channels=channels, block_out_channels=(8, 8), norm_num_groups=4, sample_size=32,
+                         shift_factor=0.0, down_block_types=("DownEncoderBlock2D",) * 2,
+                         up_block_types=("UpDecoderBlock2D",) * 2)
 
 
 def wan_vae() -> AutoencoderKLWan:
@@ -49,9 +50,9 @@ def qwen_vae() -> AutoencoderKLQwenImage:
 
 
 def flux2_vae() -> AutoencoderKLFlux2:
-    return AutoencoderKLFlux2(sample_size=32, down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=1, layers_per_block=1,
-                              up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(4, 4), latent_channels=4,
-                              use_quant_conv=False, use_post_quant_conv=False)
+    return AutoencoderKLFlux2(sample_size=32, down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=1,
+                              layers_per_block=1, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(4, 4),
+                              latent_channels=4, use_quant_conv=False, use_post_quant_conv=False)
 
 
 def ddim() -> DDIMScheduler:
@@ -109,7 +110,8 @@ class Family:
         dtype = self.model(pipe).dtype
         arguments = {name: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
                      for name, value in self.call(batch, seed).items()}
-        arguments = dict(num_inference_steps=steps, generator=torch.Generator().manual_seed(seed), output_type="latent") | arguments
+        arguments = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed), "output_type": "latent",
+                     **arguments}
         if self.guidance is not None:
             arguments[self.guidance] = guidance if self.scale is None else self.scale
         if self.sizes[0] is not None and ("image" not in more or self.name == "flux"):

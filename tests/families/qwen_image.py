@@ -18,4 +18,4 @@ def call(batch: int, seed: int) -> dict:
                 negative_prompt_embeds=text(batch, seed + 50, words=WORDS - 1), negative_prompt_embeds_mask=less)
 
 
-FAMILY = Family("qwen_image", make, ((64, 96), (64, 64)), call, guidance="true_cfg_scale")
+FAMILY = Family("qwen-image", make, ((64, 96), (64, 64)), call, guidance="true_cfg_scale")

@@ -22,8 +22,7 @@ def make(layers: int = 1) -> StableDiffusionXLPipeline:
 
 def call(batch: int, seed: int) -> dict:
     found = both(batch, seed)
-    return found | {name.replace("prompt", "pooled_prompt", 1) if name.startswith("prompt") else "negative_pooled_prompt_embeds":
-                    value[:, 0] for name, value in found.items()}
+    return found | {name.replace("prompt", "pooled_prompt"): value[:, 0] for name, value in found.items()}
 
 
 FAMILY = Family("sdxl", make, ((32, 32), (32, 48)), call, image_to_image=StableDiffusionXLImg2ImgPipeline, row="unet")

@@ -13,8 +13,8 @@ def make(layers: int = 2) -> StableVideoDiffusionPipeline:
     unet = UNetSpatioTemporalConditionModel(
         block_out_channels=(32, 64), layers_per_block=layers, sample_size=32, in_channels=8, out_channels=4,
         down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), cross_attention_dim=32, num_attention_heads=8,
-        projection_class_embeddings_input_dim=96, addition_time_embed_dim=32)
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), cross_attention_dim=32,
+        num_attention_heads=8, projection_class_embeddings_input_dim=96, addition_time_embed_dim=32)
     vae = AutoencoderKLTemporalDecoder(block_out_channels=(32, 32), in_channels=3, out_channels=3,
                                        down_block_types=["DownEncoderBlock2D"] * 2, latent_channels=4)
     scheduler = EulerDiscreteScheduler(

@@ -15,5 +15,5 @@ def make(layers: int = 3) -> ZImagePipeline:
     return ZImagePipeline(FlowMatchEulerDiscreteScheduler(), vae(), None, None, model)
 
 
-FAMILY = Family("z_image", make, ((32, 48), (64, 32)), lambda batch, seed: dict(
+FAMILY = Family("z-image", make, ((32, 48), (64, 32)), lambda batch, seed: dict(
     prompt_embeds=list(text(batch, seed)), negative_prompt_embeds=list(text(batch, seed + 50, words=40))))

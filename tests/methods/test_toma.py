@@ -1,7 +1,7 @@
 import pytest
 import torch
 from contracts import patch as contract
-from families import FAMILIES
+from families import FAMILIES, FIRST
 
 from methods import fora, toma
 from methods._core.denoiser import describe
@@ -83,7 +83,7 @@ def test_a_hard_choice_is_a_mean_and_a_copy():
     assert torch.equal(nearest[plan.owner[0]], torch.arange(5))             # a destination stays where it is
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FIRST)
 @pytest.mark.parametrize("region", ["tile", "stripe", "global"])
 def test_keeping_every_token_only_reorders_them(name, region):
     """No token is merged away: a permutation goes through the attention, with its rotary positions, and back."""

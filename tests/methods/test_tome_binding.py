@@ -11,7 +11,7 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
-from families import FAMILIES, WIDTH, WORDS, _text
+from families import FAMILIES, WIDTH, WORDS, text
 
 from methods import tome, tome_binding
 from methods._core.attention import mean_map
@@ -245,8 +245,8 @@ def test_only_the_merged_rows_are_tuned():
                                             with_kwargs=True)
         given = FAMILIES["unet"].run(pipe, steps=2) is not None and rows[-1][1]
         assert patch.report()["token_updates"] == 2 * 2 * 3
-    text = tome_binding.merge_tokens(_text(1, 0), OBJECTS)[0]
-    changed = (given != text).any(1).nonzero()[:, 0].tolist()
+    merged = tome_binding.merge_tokens(text(1, 0), OBJECTS)[0]
+    changed = (given != merged).any(1).nonzero()[:, 0].tolist()
     assert changed == [2, 4]
 
 
@@ -278,8 +278,8 @@ def test_residuals_of_a_controlnet_reach_the_extra_calls():
         binding.predict = lambda context, x, text: calls.append(
             (x.detach(), context.inputs["timestep"], text.detach().clone(), predict(context, x, text))) or calls[-1][-1]
         family.run(pipe, steps=1)
-    for x, t, text, out in calls:
-        expected = plain(x, t, text, down_block_additional_residuals=[each[1:] for each in down],
+    for x, t, words, out in calls:
+        expected = plain(x, t, words, down_block_additional_residuals=[each[1:] for each in down],
                          mid_block_additional_residual=mid[1:]).sample
         torch.testing.assert_close(out.detach(), expected)
 

@@ -6,7 +6,8 @@ Reached is what the method offers (its `__all__`), and from there every definiti
 mentioned, at any depth of imports. A class counts with its attributes; a method of it counts once its name is mentioned,
 as an attribute or in a string, by anything reached. All methods count where the class has a base from elsewhere, for whoever
 made that base calls them. What a module does to another definition by being imported, such as a registration, counts with
-that definition. Comments, docstrings, what nothing reaches, and the file in which a definition stands do not count.
+that definition. Of the rows of model families, which nothing names, those of the measured models count. Comments, docstrings,
+what nothing reaches, and the file in which a definition stands do not count.
 """
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ from accel_tools.catalog.source import Source, statements
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 PLAIN_BASES = {"object", "NamedTuple", "typing.NamedTuple", "ABC", "abc.ABC", "Protocol", "Exception", "ValueError"}
 CALLED = {"report", "forward", "step", "set_timesteps"}          # by the bench and by pipelines, on what a method hands them
+MEASURED = ("unet", "dit", "sd3", "cogvideox")   # rows of the models that results are measured on
 EVERY = "*"                                      # a name made at run time: it may be that of any method
 
 
@@ -133,6 +135,9 @@ class Reached:
         for name in code.module(path).offered:
             self._reach(path, name)
         self._enter(path)
+        for row in MEASURED:                                          # found by looking, not by name
+            if found := code.source.path(f"methods._core.families.{row}"):
+                self._reach(found, "FAMILY")
         while self._todo:
             self._follow(*self._todo.pop())
 

@@ -13,7 +13,7 @@ from accel_tools.pages.plots import figures, highlighted
 from accel_tools.pages.site import Site
 
 AXES = (*TAG_AXES, "model", "kind")                       # axes that have a page for each term
-FAMILIES = ("unet", "sdxl", "dit", "pixart", "sd3", "flux", "latte", "cogvideox")     # models of this repository
+FIRST = ("unet", "sdxl", "dit", "pixart", "sd3", "flux", "latte", "cogvideox")        # columns of the table of models
 ARMS = {"plain": "Unaccelerated", "fewer_steps": "Fewer steps, equal cost"}
 METRICS = {                                               # key in an arm of a result -> column, how to print it
     "steps": ("Steps", "plain"), "passes": ("Passes", "plain"),
@@ -130,7 +130,8 @@ def family(site: Site, name: str) -> dict:
     for entry in site.catalog.entries.values():
         result = tested(site, entry.slug).get(name)
         if result and result["works"]:
-            runs.append((entry, _best(site, entry.slug, name)))
+            setting = ", ".join(f"{key}={value!r}" for key, value in result.get("with", {}).items())
+            runs.append((entry, _best(site, entry.slug, name), setting))
         elif result:
             refuses.append((entry, result.get("reason", "")))
         elif set(broader) & set(entry.models):
@@ -141,8 +142,14 @@ def family(site: Site, name: str) -> dict:
 
 
 def tested(site: Site, slug: str) -> dict[str, dict]:
-    """What the contract run found for a method: family -> {works, reason}."""
-    return {family: result for family, result in (site.compatibility or {}).get(slug, {}).items() if family in FAMILIES}
+    """What the contract run found for a method: family -> {works, with, reason}."""
+    return (site.compatibility or {}).get(slug, {})
+
+
+def families(site: Site) -> list[str]:
+    """The families on which the methods are tried, those of the table first."""
+    found = {family for row in (site.compatibility or {}).values() for family in row}
+    return [*FIRST, *sorted(found - set(FIRST))]
 
 
 def stacking(site: Site) -> dict:

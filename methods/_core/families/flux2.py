@@ -5,6 +5,7 @@ from methods._core.families.grids import Packed
 TABLE = {"image_rotary_emb": 0}
 
 FAMILY = Family("flux2", ("Flux2Transformer2DModel",), (
-    Blocks("transformer_blocks", "attn", cross=None, ff_text="ff_context", text="apart", along=TABLE, returns=("text", "image")),
+    Blocks("transformer_blocks", "attn", cross=None, ff_text="ff_context", text="apart", along=TABLE,
+           returns=("text", "image")),
     Blocks("single_transformer_blocks", "attn", "norm", None, None, text="within", along=TABLE, alone=False)),
     Packed(), clock=share, tail="norm_out", head="proj_out", cut={"img_ids": -2}, batched=False)

@@ -31,7 +31,8 @@ class Grid:
     def __call__(self, model: nn.Module, inputs: dict[str, Any], latent: str) -> Size:
         shape = inputs[latent].shape
         frames = 1 if self.frames is None or len(shape) == 4 else shape[self.frames]
-        return tuple(n // p for n, p in zip((frames, shape[self.height], shape[self.height + 1]), self.patch(model), strict=True))
+        sides = frames, shape[self.height], shape[self.height + 1]
+        return tuple(n // p for n, p in zip(sides, self.patch(model), strict=True))
 
     def behind(self, model: nn.Module, inputs: dict[str, Any], latent: str) -> int:
         """Tokens of the latent that follow those of the grid: references."""
