@@ -93,8 +93,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         return patch
     if config.count_from == "end":
         patch.require_pipeline()
-    blocks = patch.require(() if patch.denoiser.unet else patch.denoiser.blocks,
-                           "chain of transformer blocks (on a UNet use deepcache)")
+    blocks = patch.require(patch.denoiser.chain, "chain of transformer blocks (on a UNet use deepcache)")
     patch.require(span(len(blocks), config.share, True), f"range of share={config.share}")
     deltas = [Delta(patch.slot(), chain) for chain in chains(blocks)]
     for module, around in (place for delta in deltas for place in delta.arounds()):

@@ -86,7 +86,7 @@ def fit(pairs: list[tuple[float, float]], degree: int = 4) -> tuple[float, ...]:
 def observe(target: Any, pairs: list[tuple[float, float]]) -> Patch:
     """Run a transformer as it is, and append to `pairs` how its modulated input and its output changed in each step."""
     patch = Patch(target, "teacache_observe", edits=True)
-    patch.require(() if patch.denoiser.unet else patch.denoiser.blocks, CHAIN)
+    patch.require(patch.denoiser.chain, CHAIN)
     last = patch.slot()                                           # (modulated input, output) of the call before
 
     def after(context: StepContext, output: Tensor) -> None:
@@ -111,7 +111,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     if config.threshold == 0:
         return patch
     patch.require_pipeline()
-    blocks = patch.require(() if patch.denoiser.unet else patch.denoiser.blocks, CHAIN)
+    blocks = patch.require(patch.denoiser.chain, CHAIN)
     coefficients = config.coefficients or COEFFICIENTS.get(patch.denoiser.family, (1.0, 0.0))
     memory, seen = patch.slot(), []                               # (modulated input, sum) of the call before; all changes
     deltas = [Delta(patch.slot(), chain) for chain in chains(blocks)]

@@ -106,9 +106,9 @@ class StepContext:
 
     def only(self, part: str) -> StepContext:
         """This call for one part of `rows` alone, as a branch of that name."""
-        listed = self.denoiser.row.listed
-        inputs = {name: value[self.rows.of(part)] if name in listed else self.rows.take(value, part)
-                  for name, value in self.inputs.items()}
+        row = self.denoiser.row
+        inputs = {name: value if name in row.cut or name in row.shared else value[self.rows.of(part)] if name in row.listed
+                  else self.rows.take(value, part) for name, value in self.inputs.items()}
         return replace(self, inputs=inputs, rows=Rows((part,), self.rows.prompts))._as(part)
 
     def _as(self, branch: str) -> StepContext:

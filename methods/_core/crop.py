@@ -34,7 +34,8 @@ class Crop:
                              "place it anew, at the corner")
         self.box: tuple[slice, slice] | None = None       # rows and columns, in cells of the latent or of a packed one's grid
         self.size = (0, 0)                                 # of the frame in the same cells
-        self.tokens: Tensor | None = None                  # positions of the crop among the image tokens of the frame
+        self.count = 0                                     # tokens of the frame; those of references may follow
+        self.tokens: Tensor | None = None                  # positions of the crop among them
         if patch.denoiser.embed is not None:
             patch.around(patch.denoiser.embed, self.embed, Claim.LOOK)
 
@@ -56,7 +57,8 @@ class Crop:
         if all(edge == slice(0, size) for edge, size in zip(edges, self.size, strict=True)):
             return False
         self.box = tuple(edges)
-        places = torch.arange(frames * rows * columns).view(frames, rows, columns)
+        self.count = frames * rows * columns
+        places = torch.arange(self.count).view(frames, rows, columns)
         self.tokens = self.window(places).flatten().to(context.sample.device)
         return True
 
@@ -74,10 +76,11 @@ class Crop:
     def inputs(self, context: StepContext) -> dict[str, Any]:
         """The inputs of the model that differ for the box: latent, residuals of control models, and positions."""
         def part(x: Tensor) -> Tensor:
-            return self.window(x) if x.ndim > 3 else x[:, self.tokens]
+            return self.window(x) if x.ndim > 3 else rows(x, 1)
 
         def rows(x: Tensor, axis: int) -> Tensor:
-            return x.index_select(axis, self.tokens.to(x.device))
+            behind = torch.arange(self.count, x.shape[axis], device=x.device)
+            return x.index_select(axis, torch.cat([self.tokens.to(x.device), behind]))
 
         given = context.inputs
         cut = self.denoiser.as_input(part(context.sample))
@@ -92,12 +95,12 @@ class Crop:
     def paste(self, part: Tensor, frame: Tensor, mask: Tensor) -> Tensor:
         """The frame's output with that of the box in it where the box's `mask` is true. Shapes as the model gives them."""
         def planes(x: Tensor, size: tuple[int, ...]) -> Tensor:
-            return x if x.ndim > 3 else x.mT.unflatten(2, size)
+            return x if x.ndim > 3 else x[:, :math.prod(size)].mT.unflatten(2, size)
 
         out = planes(frame, self.size).clone()
         box = (..., *self.box)
         out[box] = torch.where(mask, planes(part, mask.shape[-2:]), out[box])
-        return out if frame.ndim > 3 else out.flatten(2).mT
+        return out if frame.ndim > 3 else torch.cat([out.flatten(2).mT, frame[:, self.count:]], 1)
 
     def embed(self, forward, *inputs: Tensor) -> Tensor:
         """Around the patch embedding, called with x or with text and x."""

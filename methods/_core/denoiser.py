@@ -230,6 +230,11 @@ class Denoiser:
         return self.row.name
 
     @property
+    def chain(self) -> tuple[Block, ...]:
+        """The blocks, if each is given what the one before it gave; none on a UNet."""
+        return self.blocks if self.row.chained and not self.row.unet else ()
+
+    @property
     def block_classes(self) -> tuple[type, ...]:
         """Compiled one by one."""
         return tuple(dict.fromkeys(type(block.module) for block in self.blocks))

@@ -78,10 +78,12 @@ class Family:
         tail: the module that the tokens enter behind the last block.
         head: the last projection, of tokens to patches.
         cut: inputs of the model that run along the image tokens -> axis.
+        shared: further inputs that are the same for all samples.
         listed: inputs of the model that are lists with one item a sample.
         batched: pipelines put the branches of guidance into one batch.
         cond_first: in that batch the conditional branch stands first.
         interleaved: the lists of blocks take turns.
+        chained: each block is given what the one before it gave.
         plain: the model's input is the scheduler's sample, and its output what the scheduler steps with.
         latents: sequences that are denoised at once.
         unet: stages with skip connections.
@@ -98,10 +100,12 @@ class Family:
     tail: str | None = None
     head: str | None = None
     cut: Mapping[str, int] = field(default_factory=dict)
+    shared: tuple[str, ...] = ()
     listed: tuple[str, ...] = ()
     batched: bool = True
     cond_first: bool = False
     interleaved: bool = False
+    chained: bool = True
     plain: bool = True
     latents: int = 1
     unet: bool = False
