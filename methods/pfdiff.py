@@ -98,9 +98,13 @@ class _Solver:
         scheduler = self.patch.pipe.scheduler
         self.grid, self.past = grid_class(scheduler)(scheduler), None
         points, caller = len(self.grid.timesteps), find_caller(self.patch.model)
-        cut = caller.cuts(points) if caller else 0               # image-to-image leaves out the first points, behind our back
+        cut = points - caller.kept(points) if caller else 0      # image-to-image leaves out the first points of the grid
         self.path = [Jump(*(cut + point for point in jump)) for jump in jumps(points - cut, self.config.k, self.config.h)]
-        self.grid.thin(scheduler, [*range(cut), *(jump.start for jump in self.path)])
+        given = kwargs.get("sigmas") is not None or kwargs.get("timesteps") is not None
+        for lead in range(cut + 1):                              # points in front that it leaves out of the thinned grid, too
+            self.grid.thin(scheduler, [*range(lead), *(jump.start for jump in self.path)])
+            if not cut or caller.kept(lead + len(self.path) if given else points) == len(self.path):
+                break
 
     def substitute(self, context: StepContext) -> Rewrite | None:
         """Past and future: before the model runs, move its latent and its timestep to where the future score is taken."""

@@ -188,13 +188,12 @@ class Caller(NamedTuple):
             said = self.known.get("do_classifier_free_guidance")
         return self.known.get("guidance_scale", 1.0) > 1.0 if said is None else bool(said)
 
-    def cuts(self, points: int) -> int:
-        """How many of the first `points` of the scheduler's grid it will leave out (image-to-image, inpainting)."""
+    def kept(self, steps: int) -> int:
+        """How many points of the scheduler's grid it will keep (image-to-image, inpainting), if it asks for `steps`."""
         strength, cut = self.known.get("strength"), getattr(self.pipe, "get_timesteps", None)
         if strength is None or cut is None:
-            return 0
-        steps = self.known.get("num_inference_steps", points)
-        return points - len(cut(steps, strength, self.pipe._execution_device)[0])
+            return len(self.pipe.scheduler.timesteps)
+        return len(cut(steps, strength, self.pipe._execution_device)[0])
 
 
 def find_caller(model: nn.Module) -> Caller | None:
@@ -239,7 +238,7 @@ class Watch:
         self.runs: list[Run] = []
         self.taken = 0                                    # steps of the present run
         scheduler._patch_watch = self
-        scheduler.__class__ = _reporting(type(scheduler))
+        scheduler.__class__ = _reporting(_silent(type(scheduler)))
 
     @classmethod
     def of(cls, scheduler: Any) -> Watch:
@@ -253,7 +252,7 @@ class Watch:
     def leave(self, run: Run) -> None:
         self.runs.remove(run)
         if not self.runs:
-            self.scheduler.__class__ = type(self.scheduler).__base__
+            self.scheduler.__class__ = _silent(type(self.scheduler))
             del self.scheduler._patch_watch
 
     def start(self, call: Callable, *args, **kwargs) -> Any:
@@ -280,6 +279,11 @@ class Watch:
         return self                                       # of the attributes of its scheduler, which a pipeline may put back
 
 
+def _silent(scheduler_class: type) -> type:
+    """The class as it was; a scheduler made from the class of a watched one is of the reporting class already."""
+    return vars(scheduler_class).get("plain", scheduler_class)
+
+
 @functools.cache
 def _reporting(plain: type) -> type:
     class Reporting(plain):
@@ -296,6 +300,7 @@ def _reporting(plain: type) -> type:
         def __reduce_ex__(self, protocol):
             return object.__new__, (plain,), {name: value for name, value in vars(self).items() if name != "_patch_watch"}
 
+    Reporting.plain = plain
     Reporting.__name__, Reporting.__qualname__, Reporting.__module__ = plain.__name__, plain.__qualname__, plain.__module__
     return Reporting
 

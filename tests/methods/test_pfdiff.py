@@ -1,11 +1,19 @@
 import pytest
 import torch
 from contracts import patch as contract
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from families import FAMILIES
 
 from methods import pfdiff
-from methods._core.solver import DDIMGrid, FlowGrid
+from methods._core.solver import DDIMGrid, EulerGrid, FlowGrid
 
 
 @pytest.mark.parametrize("check, case", contract.cases(pfdiff, pfdiff.Config(k=1)), ids=contract.name)
@@ -37,13 +45,13 @@ def drive(scheduler, field, k, h, steps, x, **set_timesteps):
     class Pipe:
         pass
     pipe, patch = Pipe(), Pipe()
-    pipe.scheduler, patch.pipe, patch.counts = scheduler, pipe, {"evaluations": 0}
+    pipe.scheduler, patch.pipe, patch.counts, patch.model = scheduler, pipe, {"evaluations": 0}, torch.nn.Identity()
     solver = pfdiff._Solver(patch, pfdiff.Config(k=k, h=h))
     solver.set_timesteps(scheduler.set_timesteps, steps, **set_timesteps)
     seen = []
     for jump in solver.path:
         solver.jump = jump
-        at = x if solver.past is None or jump.at == jump.start else solver.springboard(x)
+        at = x if solver.past is None or jump.at == jump.start else solver.springboard(x, solver.past)
         seen.append(jump.at)
         x = solver.step(lambda *a, **k: (None,), field(at, jump.at), None, x)[0]
     return x, seen
@@ -116,6 +124,83 @@ def test_steps_of_one_interval_are_those_of_the_library(prediction):
         torch.testing.assert_close(grid.step(x, output, i, i + 1), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_euler_steps_are_those_of_the_library(prediction):
+    """The latent and what the model is given differ by the scale of the noise."""
+    scheduler = EulerDiscreteScheduler(prediction_type=prediction, use_karras_sigmas=True)
+    scheduler.set_timesteps(10)
+    grid, x, output = EulerGrid(scheduler), *torch.randn(2, 1, 3, 4, 4)
+    for i, t in enumerate(scheduler.timesteps):
+        given = scheduler.scale_model_input(x, t)
+        torch.testing.assert_close(grid.input(x, i), given)
+        torch.testing.assert_close(grid.latent(given, i), x)
+        expected = scheduler.step(output, t, x, return_dict=False)[0]
+        torch.testing.assert_close(grid.step(x, output, i, i + 1), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_model_is_given_the_moved_latent_scaled_under_euler():
+    family, seen = FAMILIES["sdxl"], []
+    pipe = family.pipe()
+    with pfdiff.apply(pipe, pfdiff.Config(k=1, h=1)) as patch:
+        pipe.unet.conv_in.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+        step, scores = patch.solver.step, []
+
+        def watch(call, output, t, sample, *args, **kwargs):
+            scores.append((sample.clone(), patch.solver.past))
+            return step(call, output, t, sample, *args, **kwargs)
+
+        patch.solver.step = watch
+        family.run(pipe, steps=3)
+        grid = patch.solver.grid
+    latent, past = scores[1]
+    moved = latent + (grid.sigmas[2] - grid.sigmas[1]) * past
+    torch.testing.assert_close(seen[1], (moved / (grid.sigmas[2] ** 2 + 1).sqrt()).repeat(2, 1, 1, 1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["unet", "sd3", "flux", "sdxl"])
+@pytest.mark.parametrize("strength", [1.0, 0.65, 0.3, 0.15])
+def test_image_to_image_jumps_over_the_steps_that_are_left(name, strength):
+    """Those that the pipeline leaves out are not thinned."""
+    family, seen = FAMILIES[name], []
+    pipe = family.second_pipe(family.pipe())
+    family.model(pipe).register_forward_pre_hook(lambda *_: seen.append(1))
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    family.run(pipe, steps=10, image=image, strength=strength)
+    steps = len(seen)
+    with pfdiff.apply(pipe, pfdiff.Config(k=1, h=1)) as patch:
+        out = family.run(pipe, steps=10, image=image, strength=strength)
+        path = patch.solver.path
+    assert out.isfinite().all() and len(seen) - steps == len(path) == len(pfdiff.jumps(steps, 1, 1))
+    assert path[0].start == 10 - steps and path[-1].to == 10
+
+
+@pytest.mark.parametrize("name", ["flux-kontext", "wan-i2v", "hunyuan-video-15", "svd"])
+def test_conditions_behind_the_latent_stay_as_they_are(name):
+    family, seen = FAMILIES[name], []
+    pipe, plain = family.pipe(), []
+
+    def watch(into):
+        def see(model, args, kwargs):
+            x = kwargs.get("hidden_states", kwargs.get("sample", args[0] if args else None))
+            into.append(x.clone())
+        return family.model(pipe).register_forward_pre_hook(see, with_kwargs=True)
+
+    handle = watch(plain)
+    family.run(pipe, steps=5)
+    handle.remove()
+    with pfdiff.apply(pipe, pfdiff.Config(k=1, h=1)) as patch:
+        handle = watch(seen)
+        family.run(pipe, steps=5)
+        own = patch.solver.past.shape[1:]
+    handle.remove()
+    rest = torch.ones_like(plain[0], dtype=torch.bool)
+    rest[(slice(None), *(slice(n) for n in own))] = False
+    assert rest.any() and len(seen) < len(plain)
+    calls = len(plain) // 5
+    for i, x in enumerate(seen):
+        assert torch.equal(x[rest], plain[i % calls][rest])
+
+
 @pytest.mark.parametrize("family", ["dit", "sd3"])
 def test_the_network_runs_and_the_bar_counts_evaluations_only(family):
     pipe, seen = FAMILIES[family].pipe(), []
@@ -131,9 +216,13 @@ def test_other_solvers_bare_models_and_noise_are_refused():
         pfdiff.apply(pipe.unet)
     with pfdiff.apply(pipe), pytest.raises(ValueError, match="eta=0.5 must be 0"):
         FAMILIES["unet"].run(pipe, eta=0.5)
-    pipe.scheduler = PNDMScheduler()
-    with pytest.raises(ValueError, match="PNDMScheduler is not a first-order solver"):
-        pfdiff.apply(pipe)
+    for scheduler, reason in ((PNDMScheduler(), "PNDMScheduler steps from several past outputs"),
+                              (UniPCMultistepScheduler(), "UniPCMultistepScheduler steps from several past outputs"),
+                              (EulerAncestralDiscreteScheduler(), "EulerAncestralDiscreteScheduler draws noise"),
+                              (HeunDiscreteScheduler(), "HeunDiscreteScheduler is not a first-order solver")):
+        pipe.scheduler = scheduler
+        with pytest.raises(ValueError, match=reason):
+            pfdiff.apply(pipe)
 
 
 @pytest.mark.parametrize("wrong, named", [({"k": 4}, "k=4"), ({"k": 1, "h": 2}, "h=2"), ({"k": 2, "h": 0}, "h=0")])
