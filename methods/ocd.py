@@ -165,6 +165,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     patch = Patch(target, "ocd")
     if config.phi == 1 and config.ratio == 0:
         return patch
+    patch.require_unperturbed()
     denoiser = patch.denoiser
     if config.phi > 1:
         patch.require_pipeline()

@@ -105,6 +105,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     patch = Patch(target, "tgate_v2")
     if config.gate is None and config.sp_interval == 1:
         return patch
+    patch.require_unperturbed()
     blocks = patch.denoiser.blocks
     modules = [(block.cross, True) for block in blocks if block.cross is not None]
     patch.require(modules, "cross-attention")

@@ -267,6 +267,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     patch = Patch(target, "tome_binding", edits=True)
     if not config.objects:
         return patch
+    patch.require_unperturbed()
     watched = patch.require(_watched(patch.denoiser), "UNet stage for one image with cross-attention on its way up")
     patch.require_pipeline()
     binding = _Binding(patch, config)

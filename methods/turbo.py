@@ -148,6 +148,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     patch = Patch(target, "turbo")
     if config.ratio == 0:
         return patch
+    patch.require_unperturbed()
     layers = [_Layer(block, patch.slot(), weight(place, config.alpha, config.beta, config.gamma), config.fusion)
               for place, block in enumerate(patch.blocks_at(config.max_downsample))]
 

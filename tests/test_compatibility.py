@@ -3,7 +3,6 @@ by trying.
 
 `pytest tests/test_compatibility.py --update` writes it anew, with `--method SLUG` the row of one method.
 """
-import fcntl
 import json
 
 import pytest
@@ -21,14 +20,7 @@ def test_table(method, request):
         pytest.skip("another method was asked for")
     row = {name: contract.attempt(method, family) for name, family in FAMILIES.items()}
     if request.config.getoption("--update"):
-        with contract.COMPATIBILITY.open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)                          # methods are tried side by side
-            table = json.load(file) | {contract.slug(method): row}
-            there = {contract.slug(each) for each in contract.patches()}
-            file.seek(0)
-            file.truncate()
-            json.dump({slug: table[slug] for slug in sorted(there & table.keys())}, file, indent=1, ensure_ascii=False)
-            file.write("\n")
+        contract.record(contract.COMPATIBILITY, method, row)
     assert committed().get(contract.slug(method)) == row, "stale: run pytest tests/test_compatibility.py --update"
 
 

@@ -53,6 +53,7 @@ def pages(site: Site) -> dict[str, str]:
     add("models.md", "models.md.j2", families=[views.family(site, name) for name in views.families(site)],
         columns=len(views.FIRST))
     add("stacking.md", "stacking.md.j2", stacking=views.stacking(site))
+    add("surroundings.md", "surroundings.md.j2", company=views.company(site))
     add("tags/index.md", "tags.md.j2", tagged=tagged, axes=views.AXES)
     for (axis, term), groups in tagged.items():
         add(f"tags/{axis}/{term}.md", "tag.md.j2", axis=axis, term=term, groups=groups)

@@ -131,8 +131,8 @@ class Mute:
 
 class Deep:
     """Around a module of a UNet that shallow steps leave out. The last of them gives the kept feature, which enters the first
-    layer that runs; the others something of one channel: nobody reads it, joining it to other features costs next to nothing,
-    and the residuals of a ControlNet or adapter can be added to it.
+    layer that runs; the others something of the right shape, which nobody reads: to it the residuals of a ControlNet or of an
+    adapter may be added.
 
     The host sets `shallow` before each call of the denoiser.
     """
@@ -144,20 +144,21 @@ class Deep:
 
     def around(self, forward, *args, **kwargs):
         if self.shallow:
-            return self.blank if self.slot is None else _fresh(self.slot.get())
+            return _fresh(self.blank if self.slot is None else self.slot.get())
         out = forward(*args, **kwargs)
         if self.slot is None:
-            self.blank = _one_channel(out)
+            self.blank = _shape(out)
             return out
         return self.slot.keep(out)
 
 
-def _one_channel(x: Any) -> Any:
-    return tuple(map(_one_channel, x)) if isinstance(x, tuple) else x[:, :1].clone()
+def _shape(x: Any) -> Any:
+    """Its shape, without its memory."""
+    return tuple(map(_shape, x)) if isinstance(x, tuple) else x.new_zeros(()).expand(x.shape)
 
 
 def _fresh(x: Any) -> Any:
-    """A copy, since FreeU scales features in place."""
+    """A copy, since FreeU scales features in place and adapters add to them."""
     return tuple(map(_fresh, x)) if isinstance(x, tuple) else x.clone()
 
 

@@ -191,6 +191,22 @@ class Patch:
         if self.pipe is None:
             raise ValueError(f"{self.name} follows the steps of a run: apply it to the pipeline, not to the bare model")
 
+    def require_unperturbed(self) -> None:
+        """
+        Raises:
+            ValueError: the pipeline guides by perturbed attention, whose processors attend for a part of the batch only. When
+                it runs, too, for a model that such a pipeline shares.
+        """
+        reason = f"{self.name} needs the attention of the whole batch, and perturbed attention guidance computes a part of it"
+        if getattr(self.pipe, "pag_applied_layers", None):
+            raise ValueError(reason)
+
+        def check(context: StepContext) -> None:
+            if "perturbed" in context.rows.parts:
+                raise ValueError(reason)
+
+        self.each_call(check)
+
     def on(self) -> Patch:
         """Put it on the model, all or nothing. -> itself
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fcntl
 import gc
 import importlib
 import itertools
@@ -115,6 +116,18 @@ def attempt(method: ModuleType, family: Family) -> dict[str, Any]:
         assert torch.equal(family.run(pipe, steps=6), plain(family.name, steps=6))
         return {"works": True} | ({"with": change} if change else {})
     return found
+
+
+def record(path: Path, method: ModuleType, row: dict[str, Any]) -> None:
+    """Write the row of one method into a table; methods are tried side by side."""
+    with path.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        table = json.load(file) | {slug(method): row}
+        there = sorted(table.keys() & set(map(slug, patches())))
+        file.seek(0)
+        file.truncate()
+        json.dump({each: table[each] for each in there}, file, indent=1, ensure_ascii=False)
+        file.write("\n")
 
 
 @cache

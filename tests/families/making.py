@@ -34,6 +34,10 @@ def masks(batch: int, name: str = "prompt_attention_mask", words: int = WORDS,
     return {name: mask, f"negative_{name}": mask}
 
 
+def picture(seed: int) -> torch.Tensor:
+    return torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
 def vae(channels: int = 4) -> AutoencoderKL:
     return AutoencoderKL(latent_channels=channels, block_out_channels=(8, 8), norm_num_groups=4, sample_size=32,
                          shift_factor=0.0, down_block_types=("DownEncoderBlock2D",) * 2,

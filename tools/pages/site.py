@@ -16,7 +16,8 @@ class Site:
     """Everything the pages are made from."""
     catalog: Catalog
     results: dict[str, dict] = field(default_factory=dict)              # slug -> catalog/results/<slug>.json
-    compatibility: dict[str, dict] | None = None                        # slug -> family -> {works, reason}
+    compatibility: dict[str, dict] | None = None                        # slug -> family -> {works, with, reason}
+    surroundings: dict[str, dict] = field(default_factory=dict)         # slug -> situation -> {works, reason}
     pairs: dict[str, dict[str, dict]] = field(default_factory=dict)     # slug -> slug -> family -> True, or the reason why not
     plans: dict = field(default_factory=dict)                           # catalog/plans.json
     methods: dict[str, ModuleSource] = field(default_factory=dict)
@@ -39,11 +40,13 @@ def read(root: Path = ROOT) -> Site:
     uses = {slug: [name for name, file in kernels.items() if file in set(source.closure(path))]
             for slug, path in modules.items()}
     results = {path.stem: _json(path) for path in sorted((root / "catalog/results").glob("*.json"))}
-    compatibility, pairs, plans = (root / f"catalog/{name}.json" for name in ("compatibility", "pairs", "plans"))
+    compatibility, pairs, plans, surroundings = (
+        root / f"catalog/{name}.json" for name in ("compatibility", "pairs", "plans", "surroundings"))
     return Site(
         catalog=catalog,
         results={slug: result for slug, result in results.items() if slug in catalog.entries},
         compatibility=_json(compatibility) if compatibility.exists() else None,
+        surroundings=_json(surroundings) if surroundings.exists() else {},
         pairs=_json(pairs) if pairs.exists() else {},
         plans=_json(plans) if plans.exists() else {},
         methods={slug: parse(path.read_text(encoding="utf-8")) for slug, path in modules.items()},

@@ -170,6 +170,21 @@ def stacking(site: Site) -> dict:
             "rows": [{"slug": a, "name": names[a], "cells": [cell(a, b) for b in slugs]} for a in slugs]}
 
 
+def company(site: Site) -> dict:
+    """The table of situations: names of the columns, a row for each method that works in one, and reasons with their cells."""
+    situations = list(next(iter(site.surroundings.values()), {}))
+    rows, reasons = [], {}
+    for slug, found in site.surroundings.items():
+        name = site.catalog.entries[slug].name
+        if any(each["works"] for each in found.values()):
+            rows.append({"slug": slug, "name": name, "cells": [found[each] for each in situations]})
+        for situation, each in found.items():
+            if not each["works"]:
+                reason = each["reason"].removeprefix(f"{slug}: ").removeprefix(f"{slug} ")
+                reasons.setdefault(reason, []).append(f"{name} ({situation})")
+    return {"situations": situations, "rows": rows, "reasons": reasons}
+
+
 def _best(site: Site, slug: str, model: str) -> dict:
     """The fastest measured run of a method on a model: the numbers of its arm, or nothing."""
     arms = [record["arms"].get("method", {}) for record in site.results.get(slug, {}).get("records", [])

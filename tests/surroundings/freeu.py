@@ -1,0 +1,11 @@
+from families import FAMILIES
+
+from surroundings import Situation
+
+
+def run(pipe, moved: int):
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5 - 0.4 * moved, b2=1.6 - 0.4 * moved)
+    return FAMILIES["unet"].run(pipe, steps=6)
+
+
+SITUATION = Situation("FreeU", FAMILIES["unet"].pipe, run)

@@ -1,0 +1,12 @@
+from families import FAMILIES
+
+from surroundings import Situation
+
+
+def make():
+    pipe = FAMILIES["unet"].pipe()
+    pipe.fuse_qkv_projections()
+    return pipe
+
+
+SITUATION = Situation("Fused projections", make, lambda pipe, moved: FAMILIES["unet"].run(pipe, steps=6, guidance=3.0 + moved))
