@@ -2,17 +2,20 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from accel_tools.catalog.entries import Catalog, allowed, entry_file
 from accel_tools.catalog.schema import Paper, Vocab
 from accel_tools.catalog.yaml_lines import Problem
 
-ARXIV = re.compile(r"(?:https?://(?:\w+\.)?arxiv\.org/(?:abs|pdf|html)/|(?:https?://(?:\w+\.)?doi\.org/)?10\.48550/arxiv\.|arxiv:)"
-                   r"(.+?)(?:\.pdf)?", re.I)
-DOI = re.compile(r"https?://(?:\w+\.)?doi\.org/(.+)", re.I)
-FORUM = re.compile(r"https?://openreview\.net/(?:forum|pdf)\?id=([\w-]+).*", re.I)
+HOST = re.compile(r"^(?:https?://)?(?:www\.|export\.|dx\.)?(?=[\w-]+(?:\.[\w-]+)+(?:[/:?#]|$))", re.I)     # may be left out
+ARXIV = re.compile(r"(?:(?:ar5iv\.(?:labs\.)?)?arxiv\.org/(?:abs|pdf|html|format)/|(?:doi\.org/|doi:\s*)?10\.48550/arxiv\.|"
+                   r"arxiv:\s*)(.+?)(?:\.pdf)?", re.I)
+DOI = re.compile(r"(?:doi\.org/|doi:\s*)(10\..+)", re.I)
+FORUM = re.compile(r"openreview\.net/(?:forum|pdf|attachment)\?(?:.*&)?id=([\w-]+).*", re.I)
 FILLER = re.compile(r"\b(proceedings|proc|advances|annual|international|conference|of|the|on|in|and|for|ieee|cvf|acm|\d+\w*|"
                     r"twenty|thirty|forty|first|second|third|(four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie)th)\b")
 
@@ -26,16 +29,20 @@ class Identity(NamedTuple):
 
 
 def identity(kind: str, value: str) -> Identity:
-    """The same for every way to write it: an arXiv id may stand as DOI or as address, a DOI in any case."""
-    if match := ARXIV.fullmatch(value):
-        kind, value = "arxiv", match[1]
-    elif match := DOI.fullmatch(value):
+    """The same for every way to write it: an arXiv id may stand as DOI or as address, with the subject class or without; a DOI
+    in any case; an address with any scheme, `www.`, a last `/` or a `#` part."""
+    address = HOST.sub("", value.strip()).partition("#")[0].rstrip("/")
+    if match := ARXIV.fullmatch(address):
+        kind, value = "arxiv", match[1].partition("?")[0].rstrip("/").removesuffix(".pdf")
+    elif match := DOI.fullmatch(unquote(address)):
         kind, value = "doi", match[1]
-    elif match := FORUM.fullmatch(value):
+    elif match := FORUM.fullmatch(address):
         kind, value = "openreview", match[1]
+    elif kind == "url":
+        value = address
     if kind == "arxiv":
-        name, version = re.fullmatch(r"(.*?)(v\d+)?", value).groups("")
-        return Identity("arxiv", name.lower(), version)
+        archive, name, version = re.fullmatch(r"([a-z-]+(?=[./]))?(.*?)(v\d+)?", value.lower()).groups("")
+        return Identity("arxiv", archive + re.sub(r"^\.\w\w/", "/", name), version)
     return Identity(kind, value if kind == "openreview" else value.lower().rstrip("/"))
 
 
@@ -94,9 +101,14 @@ def twins(catalog: Catalog) -> Iterator[Problem]:
     seen: dict[tuple[str, str], str] = {}
     for slug, entry in catalog.entries.items():
         for i, paper in enumerate(entry.papers):
-            mark = (re.sub(r"\W+", "", paper.title.casefold()), paper.authors[0].family.casefold())
+            mark = (_letters(paper.title), _letters(paper.authors[0].family.split()[-1]))      # with `van` or without
             line = catalog.line(slug, "papers", i, "title")
             if mark in seen:
                 yield Problem(entry_file(slug), line, f"papers.{i}: title and first author are those of {seen[mark]}; "
                                                       "is it the same paper?", "warning")
             seen.setdefault(mark, f"{entry_file(slug)}:{line}")
+
+
+def _letters(text: str) -> str:
+    """Letters and digits alone, in lower case, without accents."""
+    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKD", text).casefold())

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import keyword
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -17,13 +19,26 @@ def slug_problem(slug: str, root: Path) -> str | None:
     """Why a method cannot have this name; None where it can."""
     if not SLUG.fullmatch(slug):
         return f"{slug!r} must be lower-case letters, digits and _, starting with a letter"
-    if keyword.iskeyword(slug):
-        return f"{slug!r} is a word of Python, so that `from methods import {slug}` cannot be written"
+    if keyword.iskeyword(slug) or keyword.issoftkeyword(slug):
+        return f"{slug!r} is a word of Python, so that `from methods import {slug}` cannot be written or misleads"
+    if hasattr(builtins, slug):
+        return f"{slug!r} is a builtin of Python, which `from methods import {slug}` would hide"
+    if slug in sys.stdlib_module_names:
+        return f"{slug!r} is a module of Python's library, which a file of that name hides where its folder is searched first"
     package = root / "methods/__init__.py"
-    for node in ast.parse(package.read_bytes()).body if package.exists() else ():
-        if slug in {getattr(node, "name", None), *(alias.asname or alias.name for alias in getattr(node, "names", ()))}:
-            return f"{slug!r} is a function of the package `methods` already, which a module would hide"
+    if slug in _bound(ast.parse(package.read_bytes()) if package.exists() else ast.Module([], [])):
+        return f"{slug!r} is a name of the package `methods` already, which a module would hide"
     return None
+
+
+def _bound(tree: ast.Module) -> set[str]:
+    """The names that a module gives a value: by imports, definitions and assignments."""
+    found = set()
+    for node in tree.body:
+        found |= {getattr(node, "name", ""), *((each.asname or each.name).split(".")[0] for each in getattr(node, "names", ()))}
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            found |= {each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
+    return found
 
 
 def problems_of(catalog: Catalog, slugs: set[str], complete: bool) -> Iterator[Problem]:

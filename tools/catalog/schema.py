@@ -82,7 +82,9 @@ Setting = Annotated[Any, BeforeValidator(_setting)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Https = _word(r"https://[^\s<>\"'\\`{}|]+", "an https:// link")
 Repo = _word(r"[\w.-]+/[\w.-]+|https://[^\s<>\"'\\`{}|]+", "owner/repo on GitHub or an https:// link")
-ArxivId = _word(r"(\d{4}\.\d{4,5}|[a-z-]+(\.[A-Z]{2})?/\d{7})(v[1-9]\d*)?",
+# hep-th/9901001 until March 2007, then a month and a number of four digits, of five since 2015
+ArxivId = _word(r"([a-z-]+(\.[A-Z]{2})?/\d\d(0[1-9]|1[0-2])\d{3}|(0[7-9]|1[0-4])(0[1-9]|1[0-2])\.\d{4}|"
+                r"(1[5-9]|[2-9]\d)(0[1-9]|1[0-2])\.\d{5})(v[1-9]\d*)?",
                 'a quoted arXiv id such as "2303.17604", "2404.02747v1" or "cs/0112017"')
 Doi = _word(r"10\.\d{4,9}/[^\s<>\"'\\`{}|]+", "a DOI such as 10.1609/aaai.v39i9.33071")
 OpenReview = _word(r"[A-Za-z0-9_-]+", "an OpenReview forum id")
