@@ -16,16 +16,15 @@ import re
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-import bibtexparser
-from bibtexparser.middlewares import LatexDecodingMiddleware, SeparateCoAuthors, SplitNameParts
 from pydantic import ValidationError
 
 from accel_tools.catalog import ROOT, Reading, draft, read
+from accel_tools.catalog.citation import InputError, from_bibtex, from_names, same_paper
 from accel_tools.catalog.entries import entry_file
 from accel_tools.catalog.module_rules import docstring_parts
-from accel_tools.catalog.papers import identity, paper_problems, venue_named
+from accel_tools.catalog.papers import paper_problems, twins, venue_named
 from accel_tools.catalog.rules import slug_problem
 from accel_tools.catalog.schema import Kind, Paper, Vocab
 from accel_tools.pages.text import environment, write
@@ -38,8 +37,6 @@ SIGNATURES = {
     "compress": "def compress(model: nn.Module, config: Config, batches: Iterable[Tensor]) -> nn.Module:",
     "parallel": "def apply(target: Any, group: Any, config: Config = Config()) -> Patch:",
 }
-ARXIV = re.compile(r"arxiv(?:\.org/(?:abs|pdf)/|[:.\s]+)((?:\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/\d{7})(?:v[1-9]\d*)?)\b",
-                   re.I)
 
 _env = environment(
     q=lambda value: json.dumps(value, ensure_ascii=False),
@@ -48,91 +45,20 @@ _env = environment(
 )
 
 
-class InputError(Exception):
-    """The command line or the BibTeX file does not give what is needed."""
-
-
-def from_bibtex(path: Path) -> dict[str, Any]:
-    """The facts of the one entry in a BibTeX file, LaTeX decoded, names split."""
-    decode = [LatexDecodingMiddleware(), SeparateCoAuthors(), SplitNameParts()]
-    library = bibtexparser.parse_string(path.read_text(encoding="utf-8"), append_middleware=decode)
-    if library.failed_blocks:
-        block = library.failed_blocks[0]
-        raise InputError(f"{path}:{(block.start_line or 0) + 1}: this BibTeX cannot be read: {block.error}")
-    if len(library.entries) != 1:
-        raise InputError(f"{path}: needs exactly one BibTeX entry, has {len(library.entries)}")
-    entry = library.entries[0]
-    text = {key: value.value for key, value in entry.fields_dict.items() if isinstance(value.value, str)}
-    text = {key.lower(): re.sub(r"[{}]", "", " ".join(value.split())) for key, value in text.items()}
-    names = entry.fields_dict["author"].value if "author" in entry.fields_dict else []
-    authors = [{"given": " ".join(name.first) or None, "family": " ".join([*name.von, *name.last, *name.jr])}
-               for name in names]
-    venue = text.get("booktitle") or text.get("journal") or ""
-    found = {
-        "key": re.sub(r"[^a-z0-9_:-]", "", entry.key.lower()),
-        "title": text.get("title"), "authors": authors, "year": text.get("year"),
-        "venue": "arXiv" if not venue or "arxiv" in venue.lower() else venue,
-        "arxiv": next((m[1] for key in ("eprint", "journal", "url", "doi", "note") if (m := ARXIV.search(
-            ("arxiv:" if key == "eprint" else "") + text.get(key, "")))), None),
-    }
-    for kind, value in (("doi", text.get("doi")), ("url", text.get("url"))):
-        if value and (same := identity(kind, value)).kind != "arxiv":            # an address may be that of a DOI or a forum
-            found.setdefault(same.kind, value if same.kind == kind else same.name)
-    return found
-
-
-def from_names(text: str) -> list[dict[str, str | None]]:
-    """`A. Bee, Carl Dee and van de Weijer, Joost`: split at `;`, else at `and`, else at commas between full names.
-
-    Raises InputError where names are left out, or where a comma may part two names or the two parts of one.
-    """
-    if match := re.search(r"\bet\.? al\b\.?|\b(and )?others\b", text, re.I):
-        raise InputError(f"--authors: name all authors, not {match[0]!r}")
-    text = text.strip(" ;")
-    parts = re.split(r"\s*;\s*" if ";" in text else r"\s*,?\s+and\s+|\s+&\s+", text)
-    return [_name(name) for part in filter(None, parts) for name in _names(part, ";" in text)]
-
-
-def _names(part: str, one: bool) -> list[str]:
-    """The names in a part without `and`; `one` where it can only be one."""
-    pieces = [piece.strip() for piece in part.split(",") if piece.strip()]
-    if one or len(pieces) == 1 or len(pieces) == 2 and not all(map(_whole, pieces)):
-        return [part]
-    if not all(map(_whole, pieces)):
-        raise InputError(f"--authors: {part!r} can be read in several ways; part the authors with ';'")
-    return pieces
-
-
-def _whole(name: str) -> bool:
-    """Whether this is a given name and a family name, and not a family name such as `van de Weijer`."""
-    return len(name.split()) > 1 and not name[0].islower()
-
-
-def _name(text: str) -> dict[str, str | None]:
-    """`Weijer, Joost` or `Joost van de Weijer`: the family name begins at the first word in lower case, else it is the last."""
-    if "," in text:
-        family, given = (part.strip() for part in text.split(",", 1))
-    else:
-        words = text.split()
-        start = next((i for i, word in enumerate(words) if i and word[0].islower()), len(words) - 1)
-        given, family = " ".join(words[:start]), " ".join(words[start:])
-    return {"given": given or None, "family": family}
-
-
-def make_paper(args: argparse.Namespace, vocab: Vocab) -> Paper:
-    facts = from_bibtex(args.bibtex) if args.bibtex else {}
-    flags = ("key", "title", "venue", "year", "arxiv", "openreview", "doi", "url", "code")
-    facts |= {name: getattr(args, name) for name in flags if getattr(args, name)}
+def make_paper(args: argparse.Namespace, vocab: Vocab) -> tuple[Paper, list[str]]:
+    """The paper, and what was left out of the BibTeX file."""
+    facts, left_out = from_bibtex(args.bibtex) if args.bibtex else ({}, [])
+    facts |= {name: getattr(args, name) for name in ("key", "title", "venue", "year", "code") if getattr(args, name)}
+    links = [(name, getattr(args, name)) for name in ("arxiv", "openreview", "doi", "url") if getattr(args, name)]
+    facts |= same_paper(links)
     if args.authors:
         facts["authors"] = from_names(args.authors)
     facts["venue"] = venue_named(vocab, facts.get("venue", "arXiv")) or facts["venue"]
-    if args.arxiv and (address := identity("url", args.arxiv)).kind == "arxiv":
-        facts["arxiv"] = address.name + address.version
     if not facts.get("key") and facts.get("authors"):
         family = re.sub(r"[^a-z]", "", facts["authors"][0]["family"].lower())
         facts["key"] = f"{family or 'paper'}{facts.get('year', '')}{args.slug.replace('_', '')}"
     try:
-        return Paper.model_validate(facts)
+        return Paper.model_validate(facts), [f"{args.bibtex}:{what}" for what in left_out]
     except ValidationError as error:
         raise InputError("\n".join(
             f"--{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
@@ -162,13 +88,15 @@ def skeletons(slug: str, name: str, kind: str, paper: Paper, pending: bool = Fal
     return {path: _env.get_template(template).render(values) for path, template in files.items()}
 
 
-def refusals(reading: Reading, slug: str, name: str, kind: str, paper: Paper) -> list[str]:
-    """What the checker would say of this paper beside those of the catalogue, such as that it stands there already."""
+def opinions(reading: Reading, slug: str, name: str, kind: str, paper: Paper) -> tuple[list[str], list[str]]:
+    """What the checker would say of this paper beside those of the catalogue, such as that it stands there already: errors, and
+    warnings."""
     entry = draft({"name": name, "kind": kind, "papers": [paper.model_dump(exclude_none=True)]})
     entry._slug = slug
     catalog = dataclasses.replace(reading.catalog, entries=reading.catalog.entries | {slug: entry})
-    return [problem.message.replace("papers.0.", "--").removeprefix("papers.0: ") for problem in paper_problems(catalog)
-            if problem.file == entry_file(slug)]
+    errors, warnings = ([problem.message.replace("papers.0.", "--").removeprefix("papers.0: ") for problem in found
+                         if problem.file == entry_file(slug)] for found in (paper_problems(catalog), twins(catalog)))
+    return errors, warnings
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -189,19 +117,23 @@ def main(argv: list[str] | None = None) -> int:
         reading = read(args.root)
         if reading.catalog is None:
             raise InputError("\n".join(map(str, reading.problems)))
-        paper = make_paper(args, reading.catalog.vocab)
+        paper, said = make_paper(args, reading.catalog.vocab)
         files = skeletons(args.slug, args.name, args.kind, paper, args.pending)
         if there := [path for path in files if (args.root / path).exists()]:
             raise InputError(f"{', '.join(there)} exists; choose another slug or edit the file")
-        if said := refusals(reading, args.slug, args.name, args.kind, paper):
-            raise InputError("\n".join(said))
+        errors, warnings = opinions(reading, args.slug, args.name, args.kind, paper)
+        if errors:
+            raise InputError("\n".join(errors))
     except (InputError, OSError, UnicodeDecodeError) as error:
         print(error, file=sys.stderr)
         print("nothing written", file=sys.stderr)
         return 1
+    for text in [*said, *(f"warning: {text}" for text in warnings)]:
+        print(text, file=sys.stderr)
     for path, text in files.items():
         write(args.root / path, text)
         print(f"written: {path}")
+    print("authors: " + "; ".join(f"{each.family}, {each.given}" if each.given else each.family for each in paper.authors))
     print("next: fill in what tools/check_catalog.py asks for")
     return 0
 

@@ -6,6 +6,7 @@ import pytest
 
 from accel_tools import new_entry
 from accel_tools.catalog import ROOT
+from accel_tools.catalog.citation import from_names
 from accel_tools.catalog.schema import Kind
 from accel_tools.check_catalog import check
 
@@ -64,7 +65,7 @@ def test_filled_entry_leads_to_the_code(toy):
 @pytest.mark.parametrize("kind", Kind.__args__)
 def test_skeletons_are_as_the_linter_wants_them(toy, kind):
     """With a title and a list of authors that need several lines."""
-    authors = "; ".join(f"Given{'abcdefghijkl'[i]} Familyname{i}" for i in range(12))
+    authors = "; ".join(f"Given{letter} Familyname{letter}" for letter in "abcdefghijkl")
     flags = ["--title", "A Title of many Words, " * 8 + "more", "--authors", authors, "--year", "2025", "--arxiv", "2503.00010"]
     assert start(toy, *flags, slug="a_method_with_a_long_slug", kind=kind) == 0
     files = [path for path in toy.rglob("*a_method_with_a_long_slug.py")]
@@ -111,14 +112,26 @@ def test_a_pending_method_is_its_entry_alone(toy, capsys):
     ("Bee, Ann and van de Weijer, Joost", ["Ann|Bee", "Joost|van de Weijer"]),
     ("Bee, Ann", ["Ann|Bee"]), ("Joost van de Weijer", ["Joost|van de Weijer"]), ("Meta", ["None|Meta"]),
     ("Ann Bee & Carl Dee;", ["Ann|Bee", "Carl|Dee"]), ("Sandra Alland", ["Sandra|Alland"]),
+    ("Bee, Ann; Dee, Carl; and Fee, Eve", ["Ann|Bee", "Carl|Dee", "Eve|Fee"]),
+    ("Ann Bee; Carl Dee and Eve Fee", ["Ann|Bee", "Carl|Dee", "Eve|Fee"]), ("Ann Bee,\nCarl  Dee", ["Ann|Bee", "Carl|Dee"]),
+    ("Sammy Davis, Jr., Ann Bee", ["Sammy|Davis Jr.", "Ann|Bee"]), ("Davis, Jr., Sammy", ["Sammy|Davis Jr."]),
+    ("Sammy Davis III and Ann Bee", ["Sammy|Davis III", "Ann|Bee"]), ("Weinan E, Li Xu", ["Weinan|E", "Li|Xu"]),
+    ("J\u00fcrgen O\u2019Hara-M\u00fcller, \u738b \u4f1f", ["J\u00fcrgen|O\u2019Hara-M\u00fcller", "\u738b|\u4f1f"]),
 ])
 def test_forms_of_authors(text, names):
-    assert [f"{each['given']}|{each['family']}" for each in new_entry.from_names(text)] == names
+    assert [f"{each['given']}|{each['family']}" for each in from_names(text)] == names
 
 
 @pytest.mark.parametrize(("text", "message"), [
     ("Ann Bee et al.", "name all authors, not 'et al.'"), ("Ann Bee and others", "name all authors, not 'and others'"),
-    ("Bee, Dee, Fee", "can be read in several ways; part the authors with ';'")])
+    ("Ann Bee, \u2026", "name all authors, not '\u2026'"), ("Ann Bee, Carl Dee, et al", "name all authors, not 'et al'"),
+    ("Bee, Dee, Fee", "can be read in several ways; part the authors with ';'"),
+    ("Bee, Ann B., Dee, Carl D.", "can be read in several ways"),
+    ("Bee, Ann, Dee, Carl; Fee, Eve", "can be read in several ways"),
+    ("Ann Bee1, Carl Dee2", "'1' is no part of a name"), ("Ann Bee*", "'*' is no part of a name"),
+    ("{Black Forest Labs}", "'{' is no part of a name"), ("Ann Bee (MIT)", "'(' is no part of a name"),
+    ("Ann Bee and", "a name is missing"), ("Ann Bee;; Carl Dee", "a name is missing"), ("; ,", "a name is missing"),
+    ("Bee A, Dee C", "a family name cannot be initials"), ("Bee A.B.", "a family name cannot be initials")])
 def test_authors_that_cannot_be_told(toy, text, message, capsys):
     assert start(toy, "--title", "T", "--authors", text, "--year", "2025", "--arxiv", "2503.00010") == 1
     assert message in capsys.readouterr().err and not (toy / FILES[0]).exists()
@@ -134,6 +147,10 @@ def test_authors_that_cannot_be_told(toy, text, message, capsys):
     ("doi = {10.48550/arXiv.2503.00010}", ['arxiv: "2503.00010"']),
     ("url = {https://doi.org/10.1609/aaai.v39i9.33071}", ['doi: "10.1609/aaai.v39i9.33071"', 'since: "FILL: first']),
     ("url = {https://openreview.net/forum?id=Jt1gGIumJo}", ['openreview: "Jt1gGIumJo"']),
+    ("eprint = {2503.00010v2}, url = {http://arxiv.org/abs/2503.00010}", ['arxiv: "2503.00010v2"']),
+    ("eprint = {math.GT/0309136}, archivePrefix = {arXiv}", ['arxiv: "math/0309136"', 'since: "2003-09"']),
+    ("eprint = {2503.00010}, eprinttype = {arxiv}, journaltitle = {ACM Transactions on Graphics}", ['venue: "ACM TOG"']),
+    ("note = {See arXiv:2503.00010}", ['arxiv: "2503.00010"']),
 ])
 def test_what_bibtex_says_otherwise(toy, tmp_path, lines, wanted):
     (tmp_path / "x.bib").write_text("@misc{x, title={T}, author={Ann Bee and Carl Dee}, year={2025}, " + lines + "}")
@@ -170,8 +187,62 @@ def test_bad_input_is_told_and_writes_nothing(toy, slug, flags, message, capsys)
     assert sorted(toy.rglob("*")) == before
 
 
-@pytest.mark.parametrize("text", ["", BIB + BIB.replace("Weijer2025Fast", "b"), "@article{x, title = {a}"])
-def test_bad_bibtex_is_told(toy, tmp_path, text, capsys):
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "needs exactly one BibTeX entry, has 0"), (BIB + BIB.replace("Weijer2025Fast", "b"), "has 2"),
+    ("@article{x, title = {a}", "x.bib:1: this BibTeX cannot be read"),
+    (BIB.replace("  title", "  titel"), "--title: Field required"),
+    (BIB.replace("{ICLR}", '"IC" # "LR"'), "x.bib:1: booktitle is joined from pieces"),
+    (BIB.replace("Jha, Niraj K.", "others"), "name all authors, not 'others'"),
+    (BIB.replace("  year", "  url = {https://arxiv.org/abs/2503.00011},\n  year"),
+     "--url: 'https://arxiv.org/abs/2503.00011' names another paper than eprint 'arxiv:2503.00010'"),
+    (BIB.replace("  year", "  year = {2024},\n  year"), "x.bib:1: this BibTeX cannot be read: Duplicate field keys"),
+])
+def test_bad_bibtex_is_told(toy, tmp_path, text, message, capsys):
     (tmp_path / "x.bib").write_text(text)
     assert start(toy, "--bibtex", str(tmp_path / "x.bib")) == 1
-    assert "x.bib" in capsys.readouterr().err
+    assert message in capsys.readouterr().err and not (toy / FILES[0]).exists()
+
+
+def test_what_is_left_out_of_a_bibtex_file_is_told(toy, tmp_path, capsys):
+    before = "Copied by hand.\n@comment{kept}\n@string{iclr = {ICLR}}\n@string{idle = {Idle}}\n"
+    more = "pages = {1--9},\n  Abstract = {Long.},\n  journal = {Twice},\n  note = {Oral},\n  year"
+    (tmp_path / "x.bib").write_text(before + BIB.replace("{ICLR}", "iclr").replace("year", more))
+    assert start(toy, "--bibtex", str(tmp_path / "x.bib")) == 0
+    told = [line.removeprefix(f"{tmp_path / 'x.bib'}:") for line in capsys.readouterr().err.splitlines()]
+    assert told == ["5: left out: abstract, journal, note, pages", "1: left out: Copied by hand.",
+                    "2: left out: @comment{kept}", "4: left out: @string{idle = {Idle}}"]
+    assert 'venue: "ICLR"' in (toy / FILES[0]).read_text()
+
+
+def test_nothing_is_told_of_a_file_that_is_read_whole(toy, tmp_path, capsys):
+    (tmp_path / "x.bib").write_text(BIB)
+    assert start(toy, "--bibtex", str(tmp_path / "x.bib")) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and "authors: van de Weijer, Joost; Schmidhuber, J\u00fcrgen; Jha, Niraj K." in out
+
+
+def test_braces_hold_the_words_of_a_name_together(toy, tmp_path):
+    names = r"{Black Forest Labs} and \v{S}ime {\"O}z and {Barnes and Noble} and Davis, Jr., Sammy"
+    (tmp_path / "x.bib").write_text(BIB.replace(BIB.split("author = {")[1].split("},\n")[0], names))
+    assert start(toy, "--bibtex", str(tmp_path / "x.bib")) == 0
+    authors = [line.strip() for line in (toy / FILES[0]).read_text().splitlines() if "family:" in line]
+    assert authors == ['- {family: "Black Forest Labs"}', '- {given: "\u0160ime", family: "\u00d6z"}',
+                       '- {family: "Barnes and Noble"}', '- {given: "Sammy", family: "Davis Jr."}']
+
+
+def test_a_paper_like_another_is_told_and_written(toy, tmp_path, capsys):
+    title = "Made-up Method 2: a Title as Long as Titles Usually Are in This Field"
+    (tmp_path / "x.bib").write_text(BIB.replace("Fast {T}oken Moving", title).replace("van de Weijer, Joost", "{Family2}, G."))
+    assert start(toy, "--bibtex", str(tmp_path / "x.bib")) == 0
+    assert "warning: title and first author are those of catalog/entries/method_2.yaml:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "wanted"), [
+    (["--arxiv", "https://arxiv.org/pdf/2503.00010v2.pdf"], 'arxiv: "2503.00010v2"'),
+    (["--arxiv", "arXiv:math.GT/0309136"], 'arxiv: "math/0309136"'),
+    (["--url", "arxiv.org/abs/2503.00010"], 'arxiv: "2503.00010"'),
+    (["--doi", "https://doi.org/10.1609/AAAI.v39i9.33071"], 'doi: "10.1609/aaai.v39i9.33071"'),
+    (["--openreview", "https://openreview.net/forum?id=Jt1gGIumJo"], 'openreview: "Jt1gGIumJo"')])
+def test_an_id_may_be_given_as_an_address(toy, flags, wanted):
+    assert start(toy, *FLAGS, *flags) == 0
+    assert wanted in (toy / FILES[0]).read_text()
