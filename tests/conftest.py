@@ -13,7 +13,7 @@ torch.set_num_threads(1)          # tests run in parallel processes
 
 SLOW = ("test_contract", "core/test_compile.py", "site/test_site.py", "test_compile_kernels.py", "mutat",
         "test_imports_do_without", "test_compatibility.py", "test_pairs.py", "test_examples.py", "test_train", "test_bench",
-        "test_pytest.py")
+        "test_pytest.py", "test_no_command")
 
 
 MANY = ("test_contract", "core/test_compile.py", "core/test_rewrites.py", "core/test_surroundings.py", "test_pairs.py",

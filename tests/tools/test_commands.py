@@ -35,6 +35,15 @@ def test_a_checkout_is_checked_by_its_own_tools(other, tmp_path):
         assert done.returncode == 1 and "method_2.yaml:2: not valid YAML" in done.stdout, done.stderr
 
 
+def test_a_method_is_started_in_the_tree_of_the_command(other):
+    slug = "tome"                                            # stands in the other checkout, where it would be refused
+    flags = ["--kind", "patch", "--title", "T", "--authors", "Ann Bee", "--year", "2025", "--arxiv", "2503.00010"]
+    done = run(other / "tools/new_entry.py", "--slug", slug, "--name", "X", *flags)
+    assert done.returncode == 0, done.stderr
+    for path in (f"catalog/entries/{slug}.yaml", f"methods/{slug}.py", f"tests/methods/test_{slug}.py"):
+        assert (other / path).exists()
+
+
 def test_methods_and_kernels_are_those_of_the_same_tree(other):
     (other / "methods/__init__.py").write_text("")
     (other / "kernels").mkdir()
@@ -60,3 +69,38 @@ def test_a_new_process_keeps_to_the_tree(other):
                                           "if __name__ == '__main__':\n    print(in_fresh_process(told))\n")
     done = run(other / "tools/where.py")
     assert done.stdout.strip() == str(other / "tools/catalog/entries.py"), done.stderr
+
+
+EVERY = """
+import os, runpy, sys
+import diffusers, torch                      # once for all commands
+own, other = sys.argv[1:3]
+failed = 0
+for tool in sorted(name for name in os.listdir(own + "/tools") if name.endswith(".py") and name != "accel_tools.py"):
+    if (child := os.fork()):
+        failed += os.waitpid(child, 0)[1] != 0
+        continue
+    sys.path[0], status = own + "/tools", 1
+    try:
+        runpy.run_path(f"{own}/tools/{tool}", run_name="imported")
+        files = {getattr(module, "__file__", None) or "" for module in sys.modules.values()}
+        strange = sorted(file for file in files if file.startswith((other + "/methods", other + "/kernels", other + "/tools")))
+        mine = [file for file in files if file.startswith(own + "/")]
+        print(tool, len(mine), *strange, flush=True)
+        status = bool(strange)
+    finally:
+        os._exit(status)
+sys.exit(failed)
+"""
+
+
+def test_no_command_imports_anything_of_another_checkout(tmp_path):
+    """Of two copies of the tree: the one that the interpreter has installed, and the one whose commands it runs."""
+    own = tmp_path / "copy"
+    for folder in ("methods", "kernels", "tools"):
+        shutil.copytree(ROOT / folder, own / folder, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    done = run("-c", EVERY, own, ROOT, cwd=ROOT)
+    told = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    assert done.returncode == 0 and all(len(rest) == 1 for rest in told.values()), done.stdout + done.stderr[-2000:]
+    assert told.keys() == {path.name for path in (ROOT / "tools").glob("*.py")} - {"accel_tools.py"}
+    assert all(int(count) > 3 for tool, [count] in told.items() if tool != "serve.py"), told        # it only serves files
