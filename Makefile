@@ -1,6 +1,7 @@
 # Everything runs in .venv, made from constraints.txt on first use.
 PYTHON ?= python3
 SERVE ?= 1
+WORKERS ?= 2              # processes that tests run in
 COV ?= --cov --cov-report=term
 BIN := .venv/bin
 TOOLS := .venv/tools.stamp
@@ -19,27 +20,27 @@ run: $(TOOLS)            ## check, render, generate, build the site and serve it
 	else $(BIN)/python tools/serve.py; fi
 
 test: $(TESTS)           ## all checks on a family of each kind, a few on the others
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(COV)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(COV)
 
 test-fast: $(TESTS)      ## what needs no pipeline, browser or compiler
-	$(BIN)/python -m pytest -q -n 2 -m "not slow" -x
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" -x
 
 test-all: $(TESTS)       ## every check of every method on every family; the nightly run
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal --everything $(COV)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --everything $(COV)
 
 test-lowest:             ## test-fast on the oldest versions that pyproject.toml allows, in an environment of its own
 	$(PYTHON) -m venv build/lowest
 	$(PYTHON) -c '$(LOWEST)' > build/lowest.txt
 	build/lowest/bin/pip install --quiet --disable-pip-version-check --constraint build/lowest.txt --editable '.[tools,test]'
-	build/lowest/bin/python -m pytest -q -n 2 -m "not slow"
+	build/lowest/bin/python -m pytest -q -n $(WORKERS) -m "not slow"
 
-method: $(TESTS) build/types   ## SLUG=x: start it if it is not there; then its rows in both tables, the lists, its tests, check
+method: $(TESTS)         ## SLUG=x: start it if it is not there; then check, lists, its rows in both tables, its tests
 	@test -n "$(SLUG)" || { echo 'say which: make method SLUG=x, for a new one with ARGS="--name X --kind patch --bibtex x.bib"'; exit 2; }
 	@test -f catalog/entries/$(SLUG).yaml || $(BIN)/python tools/new_entry.py --slug $(SLUG) $(ARGS)
+	$(BIN)/python tools/check_catalog.py --fix
+	! grep -q '^kind: patch' catalog/entries/$(SLUG).yaml || \
 	$(BIN)/python -m pytest -q tests/test_compatibility.py tests/test_pairs.py -k test_table --update --method $(SLUG)
-	$(BIN)/python tools/render_readme.py
-	$(BIN)/python tools/check_catalog.py
-	$(BIN)/python -m pytest -q -n 2 tests/methods/test_$(SLUG).py
+	$(BIN)/python -m pytest -q -n $(WORKERS) tests/methods/test_$(SLUG).py
 
 check: $(TESTS) build/types   ## catalogue, generated files, style, types: all that is wrong, in one round
 	@failed=0; for command in "python tools/check_catalog.py" "ruff check ." mypy; do $(BIN)/$$command || failed=1; done; \

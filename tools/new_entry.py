@@ -30,12 +30,15 @@ from accel_tools.catalog.schema import Kind, Paper, Vocab
 from accel_tools.pages.text import environment, write
 
 SIGNATURES = {
-    "patch": "def apply(target: Any, config: Config = Config()) -> Patch:",
-    "decoder": "def generate(model: Any, prompt: Tensor, config: Config = Config()) -> Tensor:",
-    "module": "def build(config: Config = Config()) -> nn.Module:",
-    "training": "def loss(model: nn.Module, batch: Tensor, config: Config = Config()) -> Tensor:",
-    "compress": "def compress(model: nn.Module, config: Config, batches: Iterable[Tensor]) -> nn.Module:",
-    "parallel": "def apply(target: Any, group: Any, config: Config = Config()) -> Patch:",
+    "patch": ["def apply(target: Any, config: Config = Config()) -> Patch:"],
+    "decoder": ["def generate(model: Any, prompt: Tensor, config: Config = Config()) -> Any:"],
+    "module": ["def build(config: Config = Config()) -> nn.Module:"],
+    "training": ["def convert(model: nn.Module, config: Config = Config()) -> nn.Module:",
+                 "def loss(model: nn.Module, noising: Noising, x0: Tensor, *, step: int, random: Generator,\n"
+                 "         **conditions: Any) -> dict[str, Tensor]:"],
+    "compress": ["def compress(model: nn.Module, config: Config, noising: Noising,\n"
+                 "             batches: Iterable[tuple[Tensor, dict[str, Any]]]) -> nn.Module:"],
+    "parallel": ["def apply(target: Any, group: Any = None, config: Config = Config()) -> Patch:"],
 }
 
 _env = environment(
@@ -76,11 +79,11 @@ def first_public(arxiv: str | None) -> str:
 def skeletons(slug: str, name: str, kind: str, paper: Paper, pending: bool = False) -> dict[str, str]:
     """Path from the root -> text of the three files, or of the entry alone where there is no code yet."""
     first, authors, rest = docstring_parts(name, paper)
-    verb = SIGNATURES[kind].split("(")[0].removeprefix("def ")
-    names = sorted(["Config", verb] + ["OFF"] * (kind == "patch"), key=lambda word: (not word.isupper(), word))
+    verbs = [signature.split("(")[0].removeprefix("def ") for signature in SIGNATURES[kind]]
+    names = sorted(["Config", *verbs] + ["OFF"] * (kind == "patch"), key=lambda word: (not word.isupper(), word))
     values = {
         "slug": slug, "name": name, "kind": kind, "paper": paper, "since": first_public(paper.arxiv), "pending": pending,
-        "signature": SIGNATURES[kind], "first": first, "second": f"{authors}, {rest}", "names": names,
+        "signatures": SIGNATURES[kind], "first": first, "second": f"{authors}, {rest}", "names": names,
     }
     files = {f"catalog/entries/{slug}.yaml": "entry.yaml.j2"}
     if not pending:

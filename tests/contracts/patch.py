@@ -90,7 +90,7 @@ def plain(family: str, **setting) -> torch.Tensor:
 def patches() -> list[ModuleType]:
     """All methods of kind `patch` that are there."""
     modules = [importlib.import_module(f"methods.{path.stem}") for path in sorted((ROOT / "methods").glob("[a-z]*.py"))]
-    return [module for module in modules if hasattr(module, "apply")]
+    return [module for module in modules if entry(module)["kind"] == "patch"]
 
 
 @cache
@@ -149,9 +149,14 @@ def setting(method: ModuleType, family: Family) -> dict[str, Any] | None:
 
 
 @cache
+def entry(method: ModuleType) -> dict[str, Any]:
+    """What the catalogue says of a method."""
+    return yaml.safe_load((ROOT / f"catalog/entries/{slug(method)}.yaml").read_text())
+
+
 def claims(method: ModuleType) -> list[str]:
     """What the method's entry says that it saves."""
-    return yaml.safe_load((ROOT / f"catalog/entries/{slug(method)}.yaml").read_text()).get("claims", ["macs"])
+    return entry(method).get("claims", ["macs"])
 
 
 def cases(method: ModuleType, config: Any) -> list[tuple]:

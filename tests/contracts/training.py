@@ -78,7 +78,8 @@ def plain(family: str) -> Tensor:
 def batch(family: str) -> tuple[Tensor, dict[str, Any], Noising]:
     """Clean latents and the conditions that the family's pipeline gives its model, for eight rows, and the noise."""
     pipe, seen = FAMILIES[family].pipe(), []
-    pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    model = Family.model(pipe)
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
     FAMILIES[family].run(pipe, steps=1, batch=4)
     args, kwargs = seen[0]
     x = args[0] if args else kwargs["hidden_states"]
