@@ -55,7 +55,7 @@ from methods._core.reduction import Reduction, reduce_all
 from methods._core.site import Claim
 from methods._core.tokens import Plan, merge_plan, partition, reduction
 
-__all__ = ["OFF", "Config", "apply", "draw", "importance", "nearest_place", "sizes"]
+__all__ = ["OFF", "Config", "apply", "draw", "importance", "nearest_place", "roundtrip", "sizes"]
 
 FORCE = 1e5                         # added to the score of a token that must merge
 UNET = {"ratio": 0.7, "pool": 1.4, "importance_from": 2, "merge_from": 2, "places": False}              # SD 2 demo
@@ -151,6 +151,18 @@ class _Layer(Reduction):
 
     def cross(self, forward, x: Tensor, *args, **kwargs) -> Tensor:
         return self.ready.restore(forward(self.reducer(self.ready, x), *args, **kwargs))
+
+
+def roundtrip(x: Tensor, grid: tuple[int, int, int], ratio: float) -> Tensor:
+    """A layer without its attention: tokens x (B, N, C) drawn by a random importance, matched as on a UNet, merged and copied
+    back. For the bench; importance itself, one product of a latent a step, is no part of a layer's cost."""
+    B, N, _ = x.shape
+    r, D, M = sizes(N, ratio, 0.25, UNET["pool"])
+    dst, src, below = draw(torch.rand(1, N, generator=torch.Generator().manual_seed(1)).to(x).expand(B, -1), D, M,
+                           torch.Generator().manual_seed(0))
+    score, into = cosine_match(x, src, dst)
+    plan = merge_plan(score + below * FORCE, into, src, dst, r)
+    return plan.restore(plan.reduce(x))
 
 
 @per_denoiser

@@ -54,7 +54,7 @@ from methods._core.patch import Patch, per_denoiser
 from methods._core.reduction import Reduction, reduce_all
 from methods._core.tokens import Plan, join_plan, joined, merge_plan, reduction
 
-__all__ = ["OFF", "Config", "apply", "base_tokens", "prune_plan"]
+__all__ = ["OFF", "Config", "apply", "base_tokens", "prune_plan", "roundtrip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +131,12 @@ class _Pruning:
             x = joined(x)
         score = config.beta * similarity_sum(x) + config.alpha * self.noise
         return prune_plan(x, base_tokens(score, self.grid, config.stride), config.ratio, config.recover_from, batch)
+
+
+def roundtrip(x: Tensor, grid: tuple[int, int, int], ratio: float) -> Tensor:
+    """A layer without its attention: tokens x (B, N, C) of `grid` ranked, pruned and copied back. For the bench."""
+    plan = prune_plan(x, base_tokens(similarity_sum(x), grid, 2), ratio)
+    return plan.restore(plan.drop(x))
 
 
 @per_denoiser

@@ -35,6 +35,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from accel_kernels import merge
@@ -42,10 +43,10 @@ from methods._core.context import StepContext
 from methods._core.denoiser import Block, check_downsample
 from methods._core.patch import Patch, per_denoiser
 from methods._core.reduction import Reduction, reduce_all
-from methods._core.tokens import Plan
+from methods._core.tokens import Plan, match_plan, partition, reduction
 from methods.tome import Matching
 
-__all__ = ["OFF", "Config", "apply", "mlerp", "prunes"]
+__all__ = ["OFF", "Config", "apply", "mlerp", "prunes", "roundtrip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,13 @@ def mlerp(plan: Plan, x: Tensor) -> Tensor:
 def prunes(index: int, depth: int, separation: float) -> bool:
     """Whether block `index` (from 0) of `depth` lies before the separation depth d0 = separation * depth."""
     return index < round(separation * depth, 9)           # 0.28 * 25 is a little more than 7
+
+
+def roundtrip(x: Tensor, grid: tuple[int, int, int], ratio: float) -> Tensor:
+    """A layer without its attention: tokens x (B, N, C) of `grid` matched, merged by norm, and copied back. For the bench."""
+    src, dst = partition(grid, 2, torch.Generator().manual_seed(0), x.device)
+    plan = match_plan(x, src, dst, reduction(x.shape[1], len(dst), ratio))
+    return plan.restore(mlerp(plan, x))
 
 
 @per_denoiser

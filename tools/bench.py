@@ -7,7 +7,7 @@
     python tools/bench.py --method tome --realistic  speed on models of real size with random weights, beside the MAC bound
     python tools/bench.py --overhead                 what an applied off switch costs
     python tools/bench.py --plans                    what reducing tokens costs by itself, beside the tomesd package
-    python tools/bench.py --studies                  DaTo's plans searched for, and how well ToMe binds attributes
+    python tools/bench.py --studies                  what a method is measured by besides, tools/measure/<slug>.py
     python tools/bench.py --catalog                  how the catalogue tools grow
     python tools/bench.py --kernels                  Triton kernels against their references
 
@@ -32,7 +32,7 @@ import torch
 from accel_tools.catalog import load
 from accel_tools.measure import cluster, growth, kernels, plans, records, studies
 from accel_tools.measure.cells import FOLDER, Cells
-from accel_tools.measure.realistic import CASES, SWITCHES, Case, Realistic
+from accel_tools.measure.realistic import Case, Realistic, cases, switches
 from accel_tools.measure.sweep import PAPER, QUICK, Bench, Work, work
 from accel_tools.measure.tasks import TASKS, bundled
 
@@ -152,13 +152,13 @@ def main(argv: list[str] | None = None) -> int:
     if sweeps:
         failed += suite(args, cells)
     if args.realistic:
-        failed += each_case(CASES, Realistic(cells, args.rounds or 5).record, args)
+        failed += each_case(cases(load()), Realistic(cells, args.rounds or 5).record, args)
     if args.overhead:
-        failed += each_case(SWITCHES, Realistic(cells, args.rounds or 31).overhead, args)
+        failed += each_case(switches(load()), Realistic(cells, args.rounds or 31).overhead, args)
     if args.plans:
         print(json.dumps(records.write_plans(plans.measure(args.rounds or 9)), indent=1), flush=True)
     if args.studies:
-        for slug in (slug for slug in studies.STUDIES if slug in (args.method or [slug])):
+        for slug in (slug for slug in studies.studied() if slug in (args.method or [slug])):
             found = studies.study(slug, FOLDER.parent)
             records.write_study(slug, found)
             print(json.dumps(records.rounded(found), indent=1), flush=True)

@@ -1,6 +1,8 @@
 """The bench: what it measures by worked values, what survives a kill or a failure, and that a record is complete."""
+import importlib
 import json
 import math
+import shutil
 import subprocess
 from contextlib import nullcontext
 from importlib.metadata import version
@@ -11,6 +13,7 @@ from untrained import UNTRAINED, JointEmoji
 
 from accel_tools import bench
 from accel_tools.catalog import ROOT, load
+from accel_tools.check_catalog import check
 from accel_tools.measure import growth, peers, realistic, records, sweep
 from accel_tools.measure.arms import Arm, sample_batch
 from accel_tools.measure.cells import Cells
@@ -204,6 +207,40 @@ def test_realistic_speed_stands_beside_its_bound(tmp_path):
     assert record["report"]["state"] == "engaged" and record["code_hash"].startswith("sha256:")
 
 
+def test_the_entries_say_which_runs_are_timed(toy, edit):
+    edit("catalog/entries/method_1.yaml", "models:",
+         "timing:\n  - {model: dit, steps: 3, config: {ratio: 0.25}, peer: tomesd}\n  - {model: unet_256, steps: 1}\nmodels:")
+    first, second = realistic.cases(load(toy))
+    assert (first.model, first.arm, first.pixels) == (realistic.MODELS["unet_256"].label, Arm(1, "method_1", {}), 256)
+    assert (second.arm, second.peer) == (Arm(3, "method_1", {"ratio": 0.25}), "tomesd")
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("{model: dot, steps: 1}", "timing.0: no model of real size 'dot'; did you mean 'dit'?"),
+    ("{model: dit, steps: 0}", "timing.0.steps: Input should be greater than or equal to 1"),
+    ("{model: dit, steps: 1, peer: tomes}", "timing.0: no package 'tomes'; did you mean 'tomesd'?"),
+    ("{model: dit, steps: 1, config: {ration: 1}}", "timing.0.config: Config has no field 'ration'; did you mean 'ratio'?")])
+def test_a_run_that_cannot_be_timed_is_told(toy, edit, text, said):
+    (toy / "tools/measure").mkdir(parents=True)
+    for name in ("realistic", "peers", "tasks"):
+        shutil.copy(ROOT / f"tools/measure/{name}.py", toy / "tools/measure")
+    edit("catalog/entries/method_1.yaml", "models:", f"timing:\n  - {text}\nmodels:")
+    [problem] = [problem for problem in check(toy)[0] if problem.file == "catalog/entries/method_1.yaml"]
+    assert problem.message.startswith(said)
+
+
+def test_every_patch_that_is_timed_is_timed_off_too():
+    catalog = load()
+    timed = {case.arm.method for case in realistic.cases(catalog)}
+    switches = {case.arm.method: case for case in realistic.switches(catalog)}
+    assert switches.keys() == timed and len(timed) >= 6
+    for slug, case in switches.items():
+        module = importlib.import_module(f"methods.{slug}")
+        assert case.arm.config and module.Config(**case.arm.config) == module.OFF
+        assert (case.make is realistic.small_dit) == any(other.make is realistic.dit for other in realistic.cases(catalog)
+                                                         if other.arm.method == slug)
+
+
 def test_an_off_switch_is_measured_beside_plain_against_plain(tmp_path):
     case = realistic.Case("a model", lambda: realistic.dit(layers=1, width=64, side=16), Arm(1, "todo", {"factor": 1}))
     arms = realistic.Realistic(Cells(tmp_path), rounds=2).overhead(case)["arms"]
@@ -269,7 +306,7 @@ def test_models_are_swept_one_after_the_other(monkeypatch, tmp_path, capsys, mak
 
 def test_a_failed_case_fails_the_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "FOLDER", tmp_path)
-    monkeypatch.setattr(bench, "CASES", [realistic.Case("a model", lambda: 1 / 0, Arm(1, "tome"))])
+    monkeypatch.setattr(bench, "cases", lambda catalog: [realistic.Case("a model", lambda: 1 / 0, Arm(1, "tome"))])
     assert bench.main(["--realistic", "--dirty"]) == 1 and "FAILED tome" in capsys.readouterr().err
 
 

@@ -67,22 +67,33 @@ def _slugs(root: Path, folder: str, pattern: str) -> dict[str, str]:
 
 
 def _bench_problems(catalog: Catalog, source: Source, entry: Entry, fields: set[str]) -> Iterator[Problem]:
-    """What is to be measured names bundled models and fields of Config."""
-    tasks = catalog.root / "tools/measure/tasks.py"
-    models = _keys(source.tree(tasks), "TASKS") if tasks.is_file() else entry.bench.keys()
+    """What is to be measured names models that are there, packages that are, and fields of Config."""
+    def wrong(word: str, known: list[str] | None, what: str, *at: str | int) -> Iterator[Problem]:
+        if known is not None and word not in known:
+            yield Problem(entry_file(entry.slug), catalog.line(entry.slug, *at), f"{'.'.join(map(str, at[:-1]))}: {what} "
+                                                                                 f"{word!r}; {allowed(word, sorted(known))}")
+
+    def keys(file: str, name: str) -> list[str] | None:
+        path = catalog.root / "tools/measure" / file
+        return _keys(source.tree(path), name) if path.is_file() else None
+
     for model, configs in entry.bench.items():
-        if model not in models:
-            yield Problem(entry_file(entry.slug), catalog.line(entry.slug, "bench", model),
-                          f"bench.{model}: no bundled model; {allowed(model, sorted(models))}")
+        yield from wrong(model, keys("tasks.py", "TASKS"), "no bundled model", "bench", model)
         for i, config in enumerate(configs):
-            for name in config.keys() - fields:
-                yield Problem(entry_file(entry.slug), catalog.line(entry.slug, "bench", model, i, name),
-                              f"bench.{model}.{i}: Config has no field {name!r}; {allowed(name, sorted(fields))}")
+            for name in config:
+                yield from wrong(name, list(fields), "Config has no field", "bench", model, i, name)
+    for i, run in enumerate(entry.timing):
+        yield from wrong(run.model, keys("realistic.py", "MODELS"), "no model of real size", "timing", i, "model")
+        if run.peer:
+            yield from wrong(run.peer, keys("peers.py", "PEERS"), "no package", "timing", i, "peer")
+        for name in run.config:
+            yield from wrong(name, list(fields), "Config has no field", "timing", i, "config", name)
 
 
 def _keys(tree: ast.Module, name: str) -> list[str]:
     """Keys of the mapping that is written out under `name`."""
-    made = next(node.value for node in tree.body if isinstance(node, ast.AnnAssign) and node.target.id == name)
+    made = next(node.value for node in tree.body if isinstance(node, ast.AnnAssign | ast.Assign)
+                and ast.unparse(getattr(node, "target", None) or node.targets[0]) == name)
     return [key.value for key in made.keys]
 
 

@@ -187,6 +187,14 @@ class Fidelity(Strict):
     note: Prose | None = None
 
 
+class Timing(Strict):
+    """A run on a model of real size with random weights, on which tools/bench.py --realistic times the method."""
+    model: Slug
+    steps: Annotated[int, Field(ge=1)]
+    config: dict[str, Setting] = {}
+    peer: Line | None = None          # a package of tools/measure/peers.py, timed beside it with the same config
+
+
 class Erratum(Strict):
     """What a source list had wrong: `seed` was printed there, `corrected` is printed now (null = nothing)."""
     place: Place = Field(alias="list")
@@ -219,6 +227,7 @@ class Entry(Strict):
     fidelity: Fidelity | None = None
     # configs that tools/bench.py measures on a bundled model, none if the list is empty; the default where it is not named
     bench: dict[Slug, list[dict[str, Setting]]] = {}
+    timing: list[Timing] = []
     errata: list[Erratum] = []
     notes: Prose | None = None
     _slug: str = PrivateAttr("")

@@ -5,12 +5,23 @@ import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from accel_tools.catalog import ROOT
+from accel_tools.catalog.method_source import definitions
+from accel_tools.catalog.source import Source
 from methods._core.patch import Patch
+
+
+def offering(name: str) -> dict[str, ModuleType]:
+    """The methods, by slug, whose module defines `name`."""
+    source = Source()
+    return {path.stem: importlib.import_module(f"methods.{path.stem}") for path in sorted((ROOT / "methods").glob("[a-z]*.py"))
+            if name in definitions(source.tree(path))}
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,10 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from accel_kernels.similarity_sum import similarity_sum
+from accel_tools.measure.arms import offering
 from accel_tools.measure.memory import peak_allocated
 from accel_tools.measure.timing import interleave
-from methods import itome, sito, tofu, toma
-from methods._core.tokens import match_plan, merge_plan, partition, reduction
+from methods._core.tokens import match_plan, partition, reduction
 
 SHAPES = {"SD-1.5 UNet, 64x64 latents": (2, 64, 64, 320), "SD-1.5 UNet, 128x128 latents": (2, 128, 128, 320),
           "PixArt, 4,096 tokens": (2, 64, 64, 1152)}                       # batch, height, width, channels
@@ -38,36 +37,6 @@ def _matched(x: Tensor, grid: tuple[int, int, int]):
 def tome_pair(x: Tensor, grid: tuple[int, int, int]):
     plan = _matched(x, grid)
     return plan.reduce, plan.restore
-
-
-def tofu_tokens(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    plan = _matched(x, grid)
-    return plan.restore(tofu.mlerp(plan, x))
-
-
-def sito_tokens(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    plan = sito.prune_plan(x, sito.base_tokens(similarity_sum(x), grid, 2), RATIO)
-    return plan.restore(plan.drop(x))
-
-
-def itome_tokens(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Matched by cosine, as on a UNet; the importance, one product of a latent a step, is no part of a block's cost."""
-    N = x.shape[1]
-    r, D, M = itome.sizes(N, RATIO, 0.25, itome.UNET["pool"])
-    importance = torch.rand(1, N, generator=torch.Generator().manual_seed(1)).expand(len(x), -1)
-    dst, src, below = itome.draw(importance, D, M, torch.Generator().manual_seed(0))
-    score, into = itome.cosine_match(x, src, dst)
-    plan = merge_plan(score + below * itome.FORCE, into, src, dst, r)
-    return plan.restore(plan.reduce(x))
-
-
-def toma_tokens(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """In the blocks that reuse the matrices of another, only the products are left of this."""
-    places = toma.regions(*grid, "tile", 4)
-    tiles = x[:, places]
-    dst = toma.destinations(tiles, places.shape[1] // 2)
-    matrices = toma.Matrices(toma.weights(tiles, dst, 1000.0), places, places.flatten().argsort(), dst)
-    return matrices.restore(matrices.reduce(x))
 
 
 def tomesd_pair(x: Tensor, grid: tuple[int, int, int]):
@@ -93,9 +62,11 @@ def layer(way: Callable[..., Any] | None, attention: nn.Module, x: Tensor, grid:
     return restore(attention(reduce(x)))
 
 
-WAYS: dict[str, Callable[[Tensor, tuple[int, int, int]], Any]] = {
-    "tomesd": partial(layer, tomesd_pair, nn.Identity()), "tome": partial(layer, tome_pair, nn.Identity()), "tofu": tofu_tokens,
-    "itome": itome_tokens, "sito": sito_tokens, "toma": toma_tokens, "plan of tome": _matched, "product": product}
+def ways() -> dict[str, Callable[[Tensor, tuple[int, int, int]], Any]]:
+    """What is timed, by name: two packages, every method whose module offers `roundtrip`, and parts of the first."""
+    others = {slug: partial(module.roundtrip, ratio=RATIO) for slug, module in offering("roundtrip").items()}
+    return {"tomesd": partial(layer, tomesd_pair, nn.Identity()), "tome": partial(layer, tome_pair, nn.Identity()), **others,
+            "plan of tome": _matched, "product": product}
 
 
 def measure(rounds: int = 9) -> dict[str, list[dict[str, Any]]]:
@@ -127,7 +98,7 @@ def measure_plans(rounds: int) -> list[dict[str, Any]]:
     rows = []
     for name, (batch, height, width, channels) in SHAPES.items():
         x = torch.randn(batch, height * width, channels, generator=torch.Generator().manual_seed(0))
-        seconds = interleave({way: lambda f=f, x=x, g=(1, height, width): f(x, g) for way, f in WAYS.items()}, rounds)
+        seconds = interleave({way: lambda f=f, x=x, g=(1, height, width): f(x, g) for way, f in ways().items()}, rounds)
         rows += [{"tokens": name, "shape": [batch, height * width, channels], "way": way, "seconds": median(times),
                   **{f"of_{other}": median(a / b for a, b in zip(times, seconds[other], strict=True))
                      for other in ("tomesd", "tome", "product")}} for way, times in seconds.items()]

@@ -6,11 +6,11 @@ The bound of a speed-up is plain MACs / method MACs. Official packages that are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
 from functools import lru_cache, partial
+from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -24,11 +24,12 @@ from diffusers import (
 )
 from torch import Tensor
 
+from accel_tools.catalog.entries import Catalog
 from accel_tools.measure.arms import Arm
 from accel_tools.measure.cells import Cells
 from accel_tools.measure.macs import count_macs
 from accel_tools.measure.memory import peak_allocated
-from accel_tools.measure.peers import deepcache, tomesd
+from accel_tools.measure.peers import PEERS, installed
 from accel_tools.measure.records import code_hash_of, provenance
 from accel_tools.measure.timing import breakdown, compare, interleave
 from accel_tools.zoo.machine import hardware
@@ -94,36 +95,58 @@ def latents(pipe: Any, steps: int, pixels: int | None = None) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Model:
+    """A model of real size and, of a UNet, the side of its image where that is not the one it is made for."""
+
+    label: str
+    make: Callable[[], Any]
+    pixels: int | None = None
+
+
+MODELS = {
+    "unet": Model("UNet of SD 1.5 in shape, 4,096 tokens, random weights", unet),
+    "unet_256": Model("UNet of SD 1.5 in shape, 1,024 tokens, random weights", unet, pixels=256),
+    "dit": Model("half a DiT-B/2 in shape, 1,024 tokens, random weights", dit),
+}
+SMALL = {unet: Model("UNet of 81 M parameters, random weights", small_unet),
+         dit: Model("DiT of 74 M parameters, random weights", small_dit)}
+
+
+@dataclass(frozen=True)
 class Case:
-    """A method on a model for `steps` steps, beside the official package `peer` where there is one."""
+    """A method on a model for `steps` steps, beside the package that PEERS calls `peer` where there is one."""
 
     model: str
     make: Callable[[], Any]
     arm: Arm
     peer: str | None = None
-    around: Callable[..., Any] | None = None
     pixels: int | None = None
 
     def run(self, pipe: Any) -> Tensor:
         return latents(pipe, self.arm.steps, self.pixels)
 
+    def around(self, pipe: Any) -> AbstractContextManager[Any]:
+        return PEERS[self.peer].on(pipe, **self.arm.config)
 
-UNET, DIT = "UNet of SD 1.5 in shape, 4,096 tokens, random weights", "half a DiT-B/2 in shape, 1,024 tokens, random weights"
-SMALL_IMAGE = "UNet of SD 1.5 in shape, 1,024 tokens, random weights"
-CASES = [
-    Case(UNET, unet, Arm(1, "tome", {"ratio": 0.5, "random": False}), "tomesd", partial(tomesd, ratio=0.5, random=False)),
-    Case(SMALL_IMAGE, unet, Arm(3, "deepcache", {"interval": 3}), "DeepCache", partial(deepcache, interval=3), pixels=256),
-    Case(UNET, unet, Arm(1, "todo", {"factor": 2, "factor_level_2": 2})),
-    Case(DIT, dit, Arm(1, "tome", {"ratio": 0.5})),
-    Case(DIT, dit, Arm(1, "todo", {"factor": 2})),
-    Case(DIT, dit, Arm(4, "fora", {"interval": 3})),
-    Case(DIT, dit, Arm(3, "pfdiff", {"k": 1})),
-    Case(DIT, dit, Arm(4, "toca")),
-]
-SMALL_UNET, SMALL_DIT = "UNet of 81 M parameters, random weights", "DiT of 74 M parameters, random weights"
-OFF = {"tome": {"ratio": 0.0}, "todo": {"factor": 1}, "fora": {"interval": 1}, "toca": {"interval": 1}, "pfdiff": {"k": 0}}
-SWITCHES = [*(Case(SMALL_DIT, small_dit, Arm(2, slug, config)) for slug, config in OFF.items()),
-            Case(SMALL_UNET, small_unet, Arm(2, "deepcache", {"interval": 1}))]
+
+def cases(catalog: Catalog) -> list[Case]:
+    """What the entries say is timed."""
+    return [Case(model.label, model.make, Arm(run.steps, slug, run.config), run.peer, model.pixels)
+            for name, model in MODELS.items()                                    # one after the other: each is built once
+            for slug, entry in catalog.entries.items() for run in entry.timing if run.model == name]
+
+
+def switches(catalog: Catalog) -> list[Case]:
+    """The off switch of each patch that is timed, on a small model: a DiT where it is timed on one."""
+    found = []
+    for slug, entry in catalog.entries.items():
+        if entry.timing and entry.kind == "patch":
+            off = import_module(f"methods.{slug}").OFF
+            config = {field.name: getattr(off, field.name) for field in fields(off)
+                      if getattr(off, field.name) != getattr(type(off)(), field.name)}
+            small = SMALL[dit if any(MODELS[run.model].make is dit for run in entry.timing) else unet]
+            found.append(Case(small.label, small.make, Arm(2, slug, config)))
+    return found
 
 
 class Realistic:
@@ -155,7 +178,7 @@ class Realistic:
         def count() -> dict[str, Any]:
             pipe, out, found = self.pipe(case.make), {}, {}
             arms = {"plain": nullcontext, "method": partial(case.arm.applied, pipe)}
-            if case.peer and find_spec(case.peer):
+            if case.peer in {arm.peer for arm in installed(case.arm.steps)}:
                 arms[case.peer] = partial(case.around, pipe)
 
             def run(name: str) -> None:
@@ -194,7 +217,7 @@ class Realistic:
         record = {"model": case.model, "config": case.arm.config, "suite": {"name": "realistic", "rounds": self.rounds},
                   "arms": arms, "report": cost["report"]}
         if case.peer in cost:
-            record["peer"] = {"package": case.peer, "version": version(case.peer),
+            record["peer"] = {"package": case.peer, "version": version(PEERS[case.peer].distribution),
                               "largest_difference_of_outputs": cost["peer_difference"],
                               "ours_over_peer": compare(seconds[case.peer], seconds["method"])}
         if arms["method"]["share_of_bound"] < ENOUGH:

@@ -7,17 +7,17 @@ import json
 import pytest
 import torch
 
-from accel_tools.measure import records, studies
-from methods import titok
+from accel_tools.measure import dato, records, studies, titok, tome_binding
 
 
 @pytest.fixture
 def short(monkeypatch):
-    monkeypatch.setattr(studies, "TASK", dataclasses.replace(studies.TASK, steps=4))
+    for module in (dato, tome_binding):
+        monkeypatch.setattr(module, "TASK", dataclasses.replace(module.TASK, steps=4))
 
 
 def test_a_plan_search_lists_what_it_found_beside_the_released_plan_and_fewer_steps(short, tmp_path, capsys):
-    found = studies.plan_search(tmp_path, population=2, generations=2, images=1, held_out=1, fewer=(2,))
+    found = dato.study(tmp_path, population=2, generations=2, images=1, held_out=1, fewer=(2,))
     plans = [row for row in found["rows"] if row[0].isdigit()]
     assert plans and all(len(row) == len(found["columns"]) and len(row[0]) == 4 for row in plans)
     assert [row[0].split(",")[0] for row in found["rows"][len(plans):]] == ["released plan", "fewer steps"]
@@ -25,56 +25,57 @@ def test_a_plan_search_lists_what_it_found_beside_the_released_plan_and_fewer_st
     said = {line.split()[6]: float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()}
     for plan, speedup, *_ in plans:
         assert 1 / speedup == pytest.approx(said[plan], abs=1e-3)
-    again = studies.plan_search(tmp_path, population=2, generations=2, images=1, held_out=1, fewer=(2,))
+    again = dato.study(tmp_path, population=2, generations=2, images=1, held_out=1, fewer=(2,))
     assert again["rows"] == found["rows"] and not capsys.readouterr().out                # nothing is searched twice
 
 
 def test_phrases_share_their_noun_with_others():
-    found = studies.families()
+    found = tome_binding.families()
     assert found["green apple"] == ["red apple", "green apple"]
     assert "apple" not in found and all(len(family) > 1 and phrase in family for phrase, family in found.items())
 
 
 def test_binding_is_judged_among_names_with_the_same_noun(short, tmp_path, monkeypatch):
-    monkeypatch.setattr(studies, "families", lambda: {"green apple": ["red apple", "green apple"]})
-    found = studies.prompt_binding(tmp_path, samples=1)
+    monkeypatch.setattr(tome_binding, "families", lambda: {"green apple": ["red apple", "green apple"]})
+    found = tome_binding.study(tmp_path, samples=1)
     assert [row[0] for row in found["rows"]] == ["Unedited prompt", "Tokens merged", "Tokens merged, tuned and refined"]
     assert all(row[1] in (0, 1) and row[2] == 1 for row in found["rows"])
 
 
 def test_positions_of_a_phrase_count_the_pieces_of_its_words():
-    tokenizer = studies.TASK.load().tokenizer
-    arm = studies.binding_arms("evergreen tree", tokenizer, tokens=256)["Tokens merged"]
+    tokenizer = tome_binding.TASK.load().tokenizer
+    arm = tome_binding.binding_arms("evergreen tree", tokenizer, tokens=256)["Tokens merged"]
     assert arm.config["objects"] == (((3,), (1, 2)),) and arm.config["length"] == 3
 
 
 @pytest.fixture
 def one_tokenizer(monkeypatch, tmp_path):
     """A small tokenizer with what training leaves of it, and squares in place of digits."""
-    config = dataclasses.replace(titok.TINY, size=32, channels=1, patch=4, codes=5, proxy_depth=16, proxy_codes=4, classes=10)
+    method = titok.titok
+    config = dataclasses.replace(method.TINY, size=32, channels=1, patch=4, codes=5, proxy_depth=16, proxy_codes=4, classes=10)
     x = torch.rand(1040, 1, 8, 8, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 2).repeat_interleave(4, 3)
-    monkeypatch.setattr(studies.digits, "split", lambda held_out: (2 * x - 1, torch.arange(1040) % 10))
-    monkeypatch.setattr(titok, "TRAINED", {"small": config})
-    monkeypatch.setattr(studies.of_tokens, "TRAINED", {"small": config})
-    monkeypatch.setattr(studies.of_tokens, "SAMPLES", 20)
-    monkeypatch.setattr(studies, "CHECKPOINTS", tmp_path)
-    monkeypatch.setattr(studies.methods, "weights", lambda name: tmp_path / f"{name}.safetensors")
-    model = titok.build(config)
+    monkeypatch.setattr(titok.digits, "split", lambda held_out: (2 * x - 1, torch.arange(1040) % 10))
+    for module in (method, titok):
+        monkeypatch.setattr(module, "TRAINED", {"small": config})
+    monkeypatch.setattr(titok, "SAMPLES", 20)
+    monkeypatch.setattr(titok, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(titok.methods, "weights", lambda name: tmp_path / f"{name}.safetensors")
+    model = method.build(config)
     for stage, part in ((0, None), (1, "pixels"), (2, "generator")):
-        for weight in titok.enter(model, part) if part else ():
+        for weight in method.enter(model, part) if part else ():
             weight.data += 0.01
         torch.save({"averaged": model.state_dict()}, tmp_path / f"small-{stage}.ckpt")
-    titok.save(model.requires_grad_(True), tmp_path / "small.safetensors")
+    method.save(model.requires_grad_(True), tmp_path / "small.safetensors")
     return model, tmp_path / "small-1.ckpt"
 
 
 def test_tokenizers_are_compared_before_and_after_they_are_tuned(one_tokenizer):
     model, _ = one_tokenizer
-    found = studies.token_counts(None)
+    found = titok.study(None)
     grid, small = found["rows"]
     assert len(grid) == len(small) == len(found["columns"]) and grid[:4] == ["4 means of patches", 64, 128, None]
     assert small[:3] == ["small", 3, 9] and small[3] != small[4] > 0 and all(0 <= share <= 1 for share in small[6:10])
-    images = studies.digits.split(held_out=True)[0][1000:]
+    images = titok.digits.split(held_out=True)[0][1000:]
     with torch.no_grad():
         painted = model.decode(model.encode(images).index).clamp(-1, 1)
     assert small[4] == pytest.approx(float((painted - images).square().mean()) / 4, rel=1e-4)
@@ -85,7 +86,15 @@ def test_an_encoder_that_moved_is_found_out(one_tokenizer):
     model.codes.data += 1e-3
     torch.save({"averaged": model.state_dict()}, tuned)
     with pytest.raises(RuntimeError, match="tuning small on pixels changed codes, decoder, generator, pixels, proxy"):
-        studies.token_counts(None)
+        titok.study(None)
+
+
+def test_every_study_is_found_by_its_file(monkeypatch, tmp_path):
+    assert {module.__name__.rpartition(".")[2] for module in (dato, tome_binding, titok)} <= set(studies.studied())
+    assert "trained" not in studies.studied() and len(studies.studied()) < 10
+    monkeypatch.setattr(titok, "study", lambda folder: {"model": "digits", "title": str(folder)})
+    found = studies.study("titok", tmp_path)
+    assert (found["model"], found["title"]) == ("digits", str(tmp_path)) and found["code_hash"].startswith("sha256:")
 
 
 def test_a_study_stands_beside_the_records_of_its_method(tmp_path):
