@@ -97,6 +97,81 @@ def test_kernels_is_not_the_package_that_transformers_probes_for():
         importlib.metadata.version("kernels")
 
 
+def slugs_in(text: str) -> set[str]:
+    """The methods that a string names and nothing else: `tome`, `methods.tome`, `tome fora`."""
+    words = [word.removeprefix("methods.") for word in text.split()]
+    return set(words) if words and set(words) <= ENTRIES.keys() else set()
+
+
+def named(nodes) -> set[str]:
+    """The methods that string constants below some nodes name."""
+    return {slug for top in nodes for node in ast.walk(top) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            for slug in slugs_in(node.value)}
+
+
+def outside_bodies(node: ast.AST):
+    """What is evaluated at import: everything but the bodies of functions."""
+    for field, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST) and not (field == "body" and isinstance(node, ast.FunctionDef | ast.Lambda)):
+                yield child
+                yield from outside_bodies(child)
+
+
+def lists_of_methods(tree: ast.Module, tool: bool) -> list[str]:
+    """Why a file lists methods, a new one of which would be missing from it; empty where it does not.
+
+    One method is an example, and so is what a single test says in its body, or the two that it stacks. More of them that are
+    imported, stand in constants or decorators, or are gone through by a loop are a list.
+    """
+    found = []
+    constants = named([tree]) if tool else named(node for node in outside_bodies(tree) if isinstance(node, ast.Constant))
+    modules = {slug for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) for slug in _imported(node)}
+    if len(constants) > 1:
+        found.append(f"names {', '.join(sorted(constants))}")
+    if len(modules) > (1 if tool else 2):
+        found.append(f"imports {', '.join(sorted(modules))}")
+    loops = [named([node.iter]) for node in ast.walk(tree) if isinstance(node, ast.For | ast.comprehension)]
+    return found + [f"goes through {', '.join(sorted(slugs))}" for slugs in loops if len(slugs) > 1]
+
+
+def _imported(node: ast.Import | ast.ImportFrom) -> set[str]:
+    prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+    parts = [f"{prefix}{alias.name}".split(".") for alias in node.names]
+    return {name[1] for name in parts if name[0] == "methods" and len(name) > 1} & ENTRIES.keys()
+
+
+def test_no_tool_and_no_shared_test_lists_methods():
+    """A new method is found by its files: what a tool or a test needs to know of it stands in its module or its entry."""
+    tools = [*files("tools"), *files("kernels"), *files("methods/_core"), *files("tests/contracts"),
+             *files("tests", "conftest.py")]
+    tests = [path for path in files("tests") if path not in tools and path.parent.name not in ("methods", "toys")]
+    found = {path.relative_to(ROOT).as_posix(): reasons for group, tool in ((tools, True), (tests, False)) for path in group
+             if (reasons := lists_of_methods(ast.parse(path.read_text()), tool))}
+    assert not found
+
+
+@pytest.mark.parametrize(("text", "tool", "test"), [
+    ("from methods import tome", [], []), ("from methods import tome, fora", ["imports fora, tome"], []),
+    ("from methods import tome, fora, toca", ["imports fora, toca, tome"], ["imports fora, toca, tome"]),
+    ("import methods.tome\nfrom methods.fora import apply\nfrom methods import toca, _core", ["imports fora, toca, tome"],
+     ["imports fora, toca, tome"]),
+    ("KNOWN = ['tome', 'fora']", ["names fora, tome"], ["names fora, tome"]),
+    ("KNOWN = {'tome': 1, 'fora': 2}", ["names fora, tome"], ["names fora, tome"]),
+    ("X = 'tome fora'.split()", ["names fora, tome"], ["names fora, tome"]),
+    ("X = ('tome', 'a tome of words', 'methods/tome.py')", [], []),
+    ("@mark('a', ['tome', 'methods.fora'])\ndef test(): pass", ["names fora, tome"], ["names fora, tome"]),
+    ("def test():\n    assert x['tome'] < x['fora']", ["names fora, tome"], []),
+    ("def test():\n    for slug in ('tome', 'fora'): pass", ["names fora, tome", "goes through fora, tome"],
+     ["goes through fora, tome"]),
+    ("def test():\n    return [f(x) for x in ['tome', 'fora']]", ["names fora, tome", "goes through fora, tome"],
+     ["goes through fora, tome"]),
+    ("class A:\n    known = 'tome', 'fora'", ["names fora, tome"], ["names fora, tome"]),
+    ("def test(a='tome', b='fora'): pass", ["names fora, tome"], ["names fora, tome"])])
+def test_what_counts_as_a_list_of_methods(text, tool, test):
+    assert lists_of_methods(ast.parse(text), True) == tool and lists_of_methods(ast.parse(text), False) == test
+
+
 @pytest.mark.parametrize("blocked, code", [
     ("triton", "from methods import tome; import torch; from accel_kernels.merge import merge, segments;"
                "merge(torch.ones(1, 4, 2), segments(torch.zeros(1, 4, dtype=torch.long), 1))"),

@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES, WORDS
 
 from accel_tools.measure.macs import count_macs, equal_cost_steps
-from methods import fora, toca, tome
+from methods import fora, tome
 from methods._core.denoiser import describe
 
 C = 32                       # width of the blocks under test
@@ -97,22 +97,6 @@ def test_merged_block(name):
 def test_reused_block(name):
     counted, batch, _ = block_macs(name, lambda pipe: fora.apply(pipe, fora.Config(interval=2, count_from="start")))
     assert counted == batch * FORMS[name].kept
-
-
-@pytest.mark.parametrize("name", ["dit", "pixart"])
-def test_partly_renewed_block(name):
-    """Attention is reused; k rows pass the MLP and the cross-attention, whose map is formed again to score them."""
-    config = toca.Config(fresh=0.2, schedule="pixart")
-    counted, batch, n = block_macs(name, lambda pipe: toca.apply(pipe, config))
-
-    def rows(kind):
-        return int(n * toca.fresh_ratio("pixart", config.fresh, 1, 2, 0.0, kind))
-
-    k = rows("cross")
-    scored = attention(k, WORDS) // 2
-    crossing = cross(k, C) + scored if name == "pixart" else 0
-    assert 0 < k < rows("ff") < n
-    assert counted == batch * (crossing + linear(rows("ff"), 8) + FORMS[name].kept)
 
 
 def test_fused_attention_counts_what_it_computes():

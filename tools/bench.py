@@ -31,6 +31,7 @@ import torch
 
 from accel_tools.catalog import load
 from accel_tools.measure import cluster, growth, kernels, plans, records, studies
+from accel_tools.measure.arms import offering
 from accel_tools.measure.cells import FOLDER, Cells
 from accel_tools.measure.realistic import Case, Realistic, cases, switches
 from accel_tools.measure.sweep import PAPER, QUICK, Bench, Work, work
@@ -158,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.plans:
         print(json.dumps(records.write_plans(plans.measure(args.rounds or 9)), indent=1), flush=True)
     if args.studies:
-        for slug in (slug for slug in studies.studied() if slug in (args.method or [slug])):
+        for slug in (slug for slug in offering("study") if slug in (args.method or [slug])):
             found = studies.study(slug, FOLDER.parent)
             records.write_study(slug, found)
             print(json.dumps(records.rounded(found), indent=1), flush=True)

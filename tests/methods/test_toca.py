@@ -3,6 +3,7 @@ import pytest
 import torch
 from contracts import patch as contract
 from families import FAMILIES
+from test_macs import FORMS, WORDS, C, attention, block_macs, cross, linear
 
 from methods import fora, toca, tome
 from methods._core.attention import at_product, with_mass
@@ -202,3 +203,19 @@ def test_it_ranks_all_tokens_so_none_may_be_merged_in_the_attention_it_reads():
 def test_bad_values_are_named(wrong, named):
     with pytest.raises(ValueError, match=named):
         toca.Config(**wrong)
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart"])
+def test_partly_renewed_block(name):
+    """Attention is reused; k rows pass the MLP and the cross-attention, whose map is formed again to score them."""
+    config = toca.Config(fresh=0.2, schedule="pixart")
+    counted, batch, n = block_macs(name, lambda pipe: toca.apply(pipe, config))
+
+    def rows(kind):
+        return int(n * toca.fresh_ratio("pixart", config.fresh, 1, 2, 0.0, kind))
+
+    k = rows("cross")
+    scored = attention(k, WORDS) // 2
+    crossing = cross(k, C) + scored if name == "pixart" else 0
+    assert 0 < k < rows("ff") < n
+    assert counted == batch * (crossing + linear(rows("ff"), 8) + FORMS[name].kept)

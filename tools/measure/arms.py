@@ -18,10 +18,14 @@ from methods._core.patch import Patch
 
 
 def offering(name: str) -> dict[str, ModuleType]:
-    """The methods, by slug, whose module defines `name`."""
-    source = Source()
-    return {path.stem: importlib.import_module(f"methods.{path.stem}") for path in sorted((ROOT / "methods").glob("[a-z]*.py"))
-            if name in definitions(source.tree(path))}
+    """By slug, the modules of methods that define `name`, or the files tools/measure/<slug>.py beside them that do."""
+    source, found = Source(), {}
+    for slug in (path.stem for path in sorted((ROOT / "methods").glob("[a-z]*.py"))):
+        for folder, package in (("methods", "methods"), ("tools/measure", "accel_tools.measure")):
+            file = ROOT / folder / f"{slug}.py"
+            if slug not in found and file.is_file() and name in definitions(source.tree(file)):
+                found[slug] = importlib.import_module(f"{package}.{slug}")
+    return found
 
 
 @dataclass(frozen=True)

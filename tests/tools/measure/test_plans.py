@@ -28,7 +28,7 @@ def test_every_way_reduces_and_restores(way):
 def test_every_method_that_offers_a_round_trip_is_among_the_ways():
     offered = offering("roundtrip")
     assert len(offered) >= 4 and offered.keys() <= plans.ways().keys()
-    assert all(inspect.getfile(module).endswith(f"methods/{slug}.py") for slug, module in offered.items())
+    assert all(inspect.getfile(module).endswith(f"/{slug}.py") for slug, module in offered.items())
 
 
 def test_a_pair_leaves_half_of_the_tokens():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from accel_tools.measure import dato, records, studies, titok, tome_binding
+from accel_tools.measure.arms import offering
 
 
 @pytest.fixture
@@ -90,8 +91,8 @@ def test_an_encoder_that_moved_is_found_out(one_tokenizer):
 
 
 def test_every_study_is_found_by_its_file(monkeypatch, tmp_path):
-    assert {module.__name__.rpartition(".")[2] for module in (dato, tome_binding, titok)} <= set(studies.studied())
-    assert "trained" not in studies.studied() and len(studies.studied()) < 10
+    assert {module.__name__.rpartition(".")[2] for module in (dato, tome_binding, titok)} <= offering("study").keys()
+    assert len(offering("study")) < 10
     monkeypatch.setattr(titok, "study", lambda folder: {"model": "digits", "title": str(folder)})
     found = studies.study("titok", tmp_path)
     assert (found["model"], found["title"]) == ("digits", str(tmp_path)) and found["code_hash"].startswith("sha256:")

@@ -50,7 +50,7 @@ def test_weights_card_and_what_they_are_worth(short, capsys):
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--method", "fora"], "methods/fora.py has no TRAINED"), (["--method", "nothing"], "No module named 'methods.nothing'"),
+    (["--method", "tests"], "No module named 'methods.tests'"), (["--method", "nothing"], "No module named 'methods.nothing'"),
     (["--method", "dydit", "dydit-60"], "'dydit-60' is none of dydit-50, dydit-70"), ([], "None is none of judge")])
 def test_what_cannot_be_trained_is_named(args, words, capsys):
     with pytest.raises(SystemExit):

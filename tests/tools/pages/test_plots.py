@@ -7,7 +7,7 @@ import pytest
 from accel_tools.pages.measured import measured, models
 from accel_tools.pages.plots import figures, highlighted
 
-NAMES = {"tome": "ToMe", "fora": "FORA"}
+NAMES = {"first": "First", "second": "Second"}
 
 
 def arm(speedup=1.0, macs=100, **more):
@@ -25,8 +25,8 @@ def record(method, model="dit", **more):
 @pytest.fixture
 def results():
     ours = arm(1.5, 60, retrieval=.85, frechet=5.5, psnr=30.0, peak_bytes=3 * 2 ** 20, cached_bytes=2 ** 20)
-    return {"tome": {"records": [record(ours)]},
-            "fora": {"records": [record(ours | {"speedup": 1.9}), record(ours, suite={"name": "overhead", "rounds": 1})]}}
+    return {"first": {"records": [record(ours)]},
+            "second": {"records": [record(ours | {"speedup": 1.9}), record(ours, suite={"name": "overhead", "rounds": 1})]}}
 
 
 @pytest.fixture
@@ -41,10 +41,10 @@ def baseline():
 
 
 def test_a_table_gathers_all_methods_the_curve_and_the_packages(results, baseline):
-    found = measured("dit", results, baseline, NAMES, {"tome": "sha256:1", "fora": "sha256:2"})
+    found = measured("dit", results, baseline, NAMES, {"first": "sha256:1", "second": "sha256:2"})
     assert [(run.kind, run.label) for run in found.runs] == [
-        ("plain", "Unaccelerated"), ("fewer", "15 steps"), ("fewer", "10 steps"), ("method", "ToMe, ratio 0.5"),
-        ("method", "FORA, ratio 0.5"), ("peer", "tomesd package, ratio 0.5"), ("peer", "other package")]
+        ("plain", "Unaccelerated"), ("fewer", "15 steps"), ("fewer", "10 steps"), ("method", "First, ratio 0.5"),
+        ("method", "Second, ratio 0.5"), ("peer", "tomesd package, ratio 0.5"), ("peer", "other package")]
     assert [run.stale for run in found.of("method")] == [False, True]
     assert found.runs[-1].arm == {"error": "breaks on this <model>"}
     assert found.runs[3].bound == pytest.approx(100 / 60) and found.runs[5].bound == pytest.approx(100 / 62)
@@ -58,8 +58,8 @@ def test_without_a_curve_the_fewer_steps_of_the_methods_stand_in(results):
 
 
 def test_a_package_measured_in_a_record_has_a_run_of_its_own(results):
-    results["tome"]["records"][0] |= {"peer": {"package": "tomesd"}}
-    results["tome"]["records"][0]["arms"]["tomesd"] = arm(1.2, mac_bound=1.5)
+    results["first"]["records"][0] |= {"peer": {"package": "tomesd"}}
+    results["first"]["records"][0]["arms"]["tomesd"] = arm(1.2, mac_bound=1.5)
     run, = measured("dit", results, None, NAMES).of("peer")
     assert (run.name, run.bound) == ("tomesd package", 1.5)
 
@@ -70,7 +70,7 @@ def test_each_plot_is_sound_and_every_run_is_named(results, baseline):
     for name, plot in plots.items():
         root = ElementTree.fromstring(plot)
         texts = {"".join(element.itertext()).strip() for element in root.iter("{http://www.w3.org/2000/svg}text")}
-        assert {"ToMe 0.5", "FORA 0.5"} <= texts, name                                        # text is text
+        assert {"First 0.5", "Second 0.5"} <= texts, name                                        # text is text
         assert root.get("role") == "img" and root.get("aria-label") in texts
         assert {"0", "0.0"} & texts, name                                                     # an axis begins at zero
     assert "other package" not in "".join(plots.values()) and "real against real" in plots["pareto-frechet"]
@@ -79,9 +79,10 @@ def test_each_plot_is_sound_and_every_run_is_named(results, baseline):
 
 def test_one_method_can_stand_out(results, baseline):
     plot = figures(measured("dit", results, baseline, NAMES))["bound"]
-    assert plot.count('class="run run-tome"') == 3 and "run-fora" in plot                    # its mark, its spread, its name
-    shown = highlighted(plot, "tome")
-    assert shown.count('class="here"') == 3 and "run-tome" not in shown and shown.count("run-fora") == plot.count("run-fora")
+    assert plot.count('class="run run-first"') == 3 and "run-second" in plot                    # its mark, its spread, its name
+    shown = highlighted(plot, "first")
+    assert shown.count('class="here"') == 3 and "run-first" not in shown
+    assert shown.count("run-second") == plot.count("run-second")
 
 
 def test_lines_and_text_take_the_colour_of_the_page(results, baseline):
@@ -106,8 +107,8 @@ def test_nothing_timed_means_nothing_to_plot(results):
 
 
 def test_a_config_of_lists_and_mappings_is_not_spelled_out_in_a_plot(results, baseline):
-    results["tome"]["records"][0]["config"] = {"ratio": 0.25, "tiers": {"q": [[9, 9, 8]]}, "plan": [0, 1, 2]}
+    results["first"]["records"][0]["config"] = {"ratio": 0.25, "tiers": {"q": [[9, 9, 8]]}, "plan": [0, 1, 2]}
     found = measured("dit", results, baseline, NAMES, {})
     drawn = "".join(figures(found).values())
-    assert "ToMe 0.25" in drawn and "[9" not in drawn
-    assert "ToMe, ratio 0.25, tiers (1 values), plan [0, 1, 2]" in [run.label for run in found.runs]
+    assert "First 0.25" in drawn and "[9" not in drawn
+    assert "First, ratio 0.25, tiers (1 values), plan [0, 1, 2]" in [run.label for run in found.runs]
