@@ -204,7 +204,7 @@ def test_what_is_to_be_measured_names_models_and_config_fields(toy, edit):
     out = found(toy)
     assert out == [f"catalog/entries/method_1.yaml:{line + 1}: bench.dit.0: Config has no field 'sharpness'; "
                    "allowed: ratio, seed",
-                   f"catalog/entries/method_1.yaml:{line + 2}: bench.lit: no bundled model; did you mean 'dit'?"]
+                   f"catalog/entries/method_1.yaml:{line + 2}: bench: no bundled model 'lit'; did you mean 'dit'?"]
 
 
 # ---- the real catalogue ------------------------------------------------------------------------------------------
