@@ -9,6 +9,8 @@ import pytest
 from contracts import patch as contract
 from families import FAMILIES, Family
 
+pytestmark = pytest.mark.slow
+
 
 def committed() -> dict:
     return json.loads(contract.COMPATIBILITY.read_text())

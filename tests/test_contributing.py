@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 KINDS = ("patch", "decoder", "module", "training", "compress", "parallel")
 GENERATED = {"README.md", "catalog/compatibility.json", "catalog/pairs.json"}

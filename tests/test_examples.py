@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SLUGS = [path.stem for path in sorted((ROOT / "methods").glob("[a-z]*.py"))]
 

@@ -15,6 +15,8 @@ import torch
 from contracts import patch as contract
 from families import FAMILIES, FIRST
 
+pytestmark = pytest.mark.slow
+
 PAIRS = Path(__file__).parents[1] / "catalog/pairs.json"
 STEPS = 7
 

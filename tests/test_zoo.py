@@ -61,6 +61,7 @@ PIPELINES = {"dit": "DiTPipeline", "unet": "StableDiffusionPipeline", "mmdit": "
              "video_dit": "CogVideoXPipeline"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PIPELINES)
 def test_an_unmodified_pipeline_draws_what_is_asked_for(name, tmp_path):
     pipe, task = methods.tiny(name), TASKS[name]

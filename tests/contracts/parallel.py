@@ -1,4 +1,5 @@
-"""What every method of kind `parallel` must show under two processes, on every family it serves. Each check takes a `Case`.
+"""What every method of kind `parallel` must show under two processes, on each of the first families that it serves. Each check
+takes a `Case`.
 
 A test file runs them all:
 
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from contracts.patch import engaging
-from families import FAMILIES, Family
+from families import FAMILIES, FIRST, Family
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -68,11 +69,12 @@ def settings(family: Family) -> list[dict[str, Any]]:
 
 @cache
 def served(method: ModuleType) -> dict[str, str | None]:
-    """Of each family the words in which it is refused, None where it is not. A process alone refuses what several would."""
+    """Of each of the first families the words in which it is refused, None where it is not. One process refuses what several
+    would."""
     found: dict[str, str | None] = {}
-    for name, family in FAMILIES.items():
+    for name in FIRST:
         try:
-            method.apply(family.pipe(), None, engaging(method)).remove()
+            method.apply(FAMILIES[name].pipe(), None, engaging(method)).remove()
             found[name] = None
         except (TypeError, ValueError) as refusal:
             found[name] = str(refusal)

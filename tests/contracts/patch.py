@@ -43,6 +43,7 @@ from methods._core.site import Claim
 
 ROOT = Path(__file__).parents[2]
 COMPATIBILITY = ROOT / "catalog/compatibility.json"
+QUICK = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 STEPS = 5
 WIRING = ("around", "attend", "claim", "rewrite", "each_call", "after_call", "each_run", "solve", "slot", "explain", "on")
 ARCHETYPES = ("unet", "flux", "latte")         # a UNet, two streams with positions inside the attention, frames and time
@@ -141,17 +142,23 @@ def working(method: ModuleType) -> list[Family]:
     return [FAMILIES[name] for name in FIRST if setting(method, FAMILIES[name]) == {}]
 
 
+@cache
+def table() -> dict[str, dict[str, Any]]:
+    """The committed table as it was when tests were collected."""
+    return json.loads(COMPATIBILITY.read_text())
+
+
 def setting(method: ModuleType, family: Family) -> dict[str, Any] | None:
     """What of the configuration differs where the method works on the family, by the committed table, which
     tests/test_compatibility.py holds true, or by trying where that has no row yet; None where it does not work."""
-    found = json.loads(COMPATIBILITY.read_text()).get(slug(method), {}).get(family.name) or attempt(method, family)
+    found = table().get(slug(method), {}).get(family.name) or attempt(method, family)
     return found.get("with", {}) if found["works"] else None
 
 
 @cache
 def entry(method: ModuleType) -> dict[str, Any]:
     """What the catalogue says of a method."""
-    return yaml.safe_load((ROOT / f"catalog/entries/{slug(method)}.yaml").read_text())
+    return yaml.load((ROOT / f"catalog/entries/{slug(method)}.yaml").read_text(), QUICK)
 
 
 def claims(method: ModuleType) -> list[str]:

@@ -7,6 +7,8 @@ from contracts import patch as contract
 from families import Family
 from peft import LoraConfig
 
+pytestmark = pytest.mark.slow
+
 SETTING = dict(steps=contract.STEPS + 1)
 
 

@@ -112,6 +112,7 @@ def test_flops_are_those_of_the_product(flops):
     assert flops(cosine_match, x, src, dst) == 2 * 2 * 30 * 20 * 16
 
 
+@pytest.mark.slow
 def test_scores_are_never_held_whole():
     code = """
 import resource, torch

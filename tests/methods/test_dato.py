@@ -199,6 +199,7 @@ def toy(plan):
     return sum(plan), sum(max(0, w - p) for w, p in zip(wanted, plan, strict=True))
 
 
+@pytest.mark.slow
 def test_search_finds_the_front_of_a_toy_problem():
     found = dato.search(toy, 8, population=20, generations=40)
     assert [sum(costs) for _, costs in found] == [6] * len(found)          # on the front what is not computed is missing

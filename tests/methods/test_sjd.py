@@ -121,6 +121,7 @@ LAWS += [sjd.Config(window=3, **TOY | dict(guidance=2.0, temperature=0.8)),
          sjd.Config(window=4, init="sample", end_of_line=EOL, **TOY | dict(tokens=6))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", LAWS, ids=lambda c: f"{c.window}-{c.init}-s{c.guidance:g}-{c.end_of_line}")
 def test_tokens_have_the_law_of_sequential_sampling(config):
     assert p_value(gpt2(), config) > 1e-3

@@ -83,6 +83,7 @@ def test_a_hard_choice_is_a_mean_and_a_copy():
     assert torch.equal(nearest[plan.owner[0]], torch.arange(5))             # a destination stays where it is
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIRST)
 @pytest.mark.parametrize("region", ["tile", "stripe", "global"])
 def test_keeping_every_token_only_reorders_them(name, region):

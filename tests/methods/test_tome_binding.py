@@ -184,6 +184,7 @@ def test_samples_are_refined_apart_and_each_stops_by_itself():
     torch.testing.assert_close(both, torch.cat([first, second]), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, PNDMScheduler,
                                   DPMSolverMultistepScheduler, UniPCMultistepScheduler])
 def test_the_run_does_not_notice_the_anchors(kind):
@@ -201,6 +202,7 @@ def test_the_run_does_not_notice_the_anchors(kind):
     assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [EulerDiscreteScheduler, PNDMScheduler])
 def test_an_anchor_is_sampled_like_an_image(kind):
     """With the phrase as the prompt the anchor latent is that of an ordinary guided run."""

@@ -139,6 +139,7 @@ def test_a_broken_catalogue_writes_nothing_and_stops_mkdocs(tmp_path, capsys):
         mkdocs_hook.on_files([], MkDocsConfig(config_file_path=str(root / "mkdocs.yml")))
 
 
+@pytest.mark.slow
 def test_real_catalogue_is_read_and_rendered_in_twenty_seconds():
     start = time.process_time()              # of this process: other load does not count; coverage takes half of it
     site = read()

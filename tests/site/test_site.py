@@ -6,6 +6,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
+pytestmark = pytest.mark.slow
+
 PAGES = ["/", "/methods/", "/methods/tome/", "/models/", "/corrections/", "/tags/mechanism/token-merging/"]
 # Findings that belong to the theme: (rule, start of the selector).
 THEME = {("aria-dialog-name", ".md-search"), ("landmark-unique", "nav")}

@@ -27,6 +27,8 @@ from accel_tools.measure.tasks import Task
 from accel_tools.measure.timing import breakdown, compare, interleave
 from methods import fora
 
+pytestmark = pytest.mark.slow
+
 SMALL = Suite("small", images=6, rounds=2)
 ARM_KEYS = {"steps", "latency_s", "latency_spread", "speedup", "macs", "peak_bytes", "cached_bytes", "label_accuracy",
             "recall", "frechet", "n"}

@@ -62,6 +62,7 @@ def test_a_command_imports_its_own_tree_first():
         assert not found or found[0] == "accel_tools", path
 
 
+@pytest.mark.slow
 def test_a_new_process_keeps_to_the_tree(other):
     (other / "tools/where.py").write_text("from accel_tools.measure.memory import in_fresh_process\n"
                                           "from accel_tools.catalog.rules import allowed\n"
@@ -94,6 +95,7 @@ sys.exit(failed)
 """
 
 
+@pytest.mark.slow
 def test_no_command_imports_anything_of_another_checkout(tmp_path):
     """Of two copies of the tree: the one that the interpreter has installed, and the one whose commands it runs."""
     own = tmp_path / "copy"

@@ -10,6 +10,8 @@ import torch
 from accel_tools.measure import dato, records, studies, titok, tome_binding
 from accel_tools.measure.arms import offering
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def short(monkeypatch):

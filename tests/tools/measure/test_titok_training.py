@@ -9,6 +9,8 @@ from accel_tools.zoo import digits
 from methods._core.parts import patchify, unpatchify
 from methods.titok import STAGES, TINY, build
 
+pytestmark = pytest.mark.slow
+
 
 def test_means_of_patches_are_those_of_a_plain_loop():
     random = torch.Generator().manual_seed(0)

@@ -13,6 +13,8 @@ from accel_tools.measure.tasks import TASKS
 from accel_tools.zoo import digits
 from methods import dydit
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def short(monkeypatch, tmp_path):

@@ -5,6 +5,8 @@ from torch import nn
 
 from accel_tools.zoo import training
 
+pytestmark = pytest.mark.slow
+
 
 class Blocks(nn.Module):
     def __init__(self):
