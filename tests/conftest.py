@@ -17,8 +17,8 @@ SLOW = ("test_contract", "compil", "mutat")       # in a test's name: all checks
 LONG = 3.0                                         # seconds of a processor; tests that take more are to be marked slow
 
 
-MANY = ("test_contract", "core/test_compile.py", "core/test_rewrites.py", "core/test_surroundings.py", "test_pairs.py",
-        "test_compatibility.py")            # the same lines over and over: tracing them tells nothing more
+MANY = (*SLOW, "core/test_compile.py", "core/test_rewrites.py", "core/test_surroundings.py", "test_families.py",
+        "test_pairs.py", "test_compatibility.py", "test_contributing.py")    # the same lines over and over: not traced
 
 
 def pytest_configure(config):
