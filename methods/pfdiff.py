@@ -44,7 +44,7 @@ from torch import Tensor
 from methods._core.context import Rewrite, StepContext, find_caller
 from methods._core.patch import Patch, per_denoiser
 from methods._core.site import Claim
-from methods._core.solver import grid_class
+from methods._core.solver import arrived, grid_class
 
 __all__ = ["OFF", "Config", "Jump", "apply", "jumps"]
 
@@ -146,10 +146,7 @@ class _Solver:
         else:
             self.past = self.grid.score(model_output, self.springboard(sample, self.past), at)
             moved = self.grid.move(sample, self.past, start, to)
-        if isinstance(result, tuple):
-            return moved, *result[1:]
-        result.prev_sample = moved
-        return result
+        return arrived(result, moved)
 
 
 @per_denoiser

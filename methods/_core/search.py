@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,30 @@ class Journal:
             if self.tell is not None:
                 self.tell(f"{len(self.costs)} judged, the last one {', '.join(f'{cost:.4g}' for cost in costs)}")
         return self.costs[candidate]
+
+
+class Pool:
+    """The candidates of an elitist search, of any hashable kind, with what each costs; none is judged twice.
+
+    Args:
+        judge: a candidate -> its cost, to be minimised.
+        legal: whether a candidate may be judged at all.
+    """
+
+    def __init__(self, judge: Callable[[Any], float], legal: Callable[[Any], bool]):
+        self.judge, self.legal = judge, legal
+        self.costs: dict[Any, float] = {}
+
+    def add(self, make: Callable[[], Any], count: int) -> None:
+        """Judge `count` new candidates that `make()` gives, or those among ten times as many."""
+        wanted = len(self.costs) + count
+        for _ in range(10 * count):
+            if len(self.costs) < wanted and (made := make()) not in self.costs and self.legal(made):
+                self.costs[made] = self.judge(made)
+
+    def best(self, count: int | None = None) -> list[Any]:
+        """Those with the lowest costs, all by default, the best first."""
+        return sorted(self.costs, key=self.costs.__getitem__)[:count]
 
 
 def greedy(journal: Journal, start: Candidate, options: Sequence[int], limits: Mapping[int, float]) -> Candidate:

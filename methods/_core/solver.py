@@ -28,6 +28,14 @@ def flow_step(x: Tensor, velocity: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return x + (b - a) * velocity
 
 
+def arrived(result: Any, x: Tensor) -> Any:
+    """What a scheduler's step gave, with `x` for the latent it came to."""
+    if isinstance(result, tuple):
+        return x, *result[1:]
+    result.prev_sample = x
+    return result
+
+
 class _Unscaled:
     """The model is given the latent as it is."""
 
@@ -75,6 +83,11 @@ class DDIMGrid(_Unscaled):
         """Make the pipeline loop over the grid points `keep` only."""
         scheduler.timesteps = self.timesteps[keep]
 
+    @staticmethod
+    def place(scheduler: Any, times: list[int]) -> None:
+        """Make the pipeline loop over these timesteps of training, falling, from 0 on."""
+        scheduler.timesteps = torch.tensor(times, device=scheduler.timesteps.device)
+
 
 class FlowGrid(_Unscaled):
     """The grid of a flow-matching Euler run: noise levels from one to zero."""
@@ -96,6 +109,13 @@ class FlowGrid(_Unscaled):
     def thin(self, scheduler: Any, keep: list[int]) -> None:
         """Make the pipeline loop over the grid points `keep` only."""
         scheduler.timesteps, scheduler.sigmas = self.timesteps[keep], self.sigmas[[*keep, -1]]
+
+    @staticmethod
+    def place(scheduler: Any, times: list[int]) -> None:
+        """Make the pipeline loop over these timesteps of training, falling, of which the last one is all noise."""
+        total = scheduler.config.num_train_timesteps
+        scheduler.timesteps = torch.tensor(times, device=scheduler.timesteps.device) + 1.0
+        scheduler.sigmas = torch.cat([scheduler.timesteps.to(scheduler.sigmas) / total, scheduler.sigmas[-1:]])
 
 
 class EulerGrid:
@@ -129,6 +149,13 @@ class EulerGrid:
     def thin(self, scheduler: Any, keep: list[int]) -> None:
         """Make the pipeline loop over the grid points `keep` only."""
         scheduler.timesteps, scheduler.sigmas = self.timesteps[keep], self.sigmas[[*keep, -1]]
+
+    @staticmethod
+    def place(scheduler: Any, times: list[int]) -> None:
+        """Make the pipeline loop over these timesteps of training, falling, from 0 on."""
+        scheduler.timesteps = torch.tensor(times, device=scheduler.timesteps.device).float()
+        alphas = scheduler.alphas_cumprod[times]
+        scheduler.sigmas = torch.cat([((1 - alphas) / alphas).sqrt().to(scheduler.sigmas), scheduler.sigmas[-1:]])
 
 
 STOCHASTIC = ("Ancestral", "LCM", "TCD", "SDE", "DDPM")           # in the names of classes whose steps add noise
