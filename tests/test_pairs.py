@@ -77,15 +77,16 @@ def stacking() -> list[tuple[str, str, str]]:
 
 @pytest.mark.parametrize("a, b, family", stacking())
 def test_a_pair_that_stacks_does_what_one_method_does(a, b, family):
-    plain, family, results = contract.plain(family, steps=STEPS), FAMILIES[family], []
+    setting = {"steps": STEPS} | contract.several(*(importlib.import_module(f"methods.{slug}") for slug in (a, b)))
+    plain, family, results = contract.plain(family, **setting), FAMILIES[family], []
     for first, second in ((a, b), (b, a)):
         pipe = family.pipe()
         with put(first, pipe) as p, put(second, pipe) as q:
-            results.append(family.run(pipe, steps=STEPS))
+            results.append(family.run(pipe, **setting))
             assert p.report()["state"] == q.report()["state"] == "engaged"
-            family.run(pipe, steps=STEPS, seed=1, batch=2)
-            assert torch.equal(family.run(pipe, steps=STEPS), results[-1])
+            family.run(pipe, **setting | {"seed": 1, "batch": 2})
+            assert torch.equal(family.run(pipe, **setting), results[-1])
             p.remove()                                               # the first one on comes off first
-        assert torch.equal(family.run(pipe, steps=STEPS), plain)
+        assert torch.equal(family.run(pipe, **setting), plain)
         assert results[-1].isfinite().all() and not torch.equal(results[-1], plain)
     assert torch.equal(*results)

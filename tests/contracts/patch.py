@@ -58,6 +58,12 @@ def engaging(method: ModuleType) -> Any:
     return getattr(method, "TINY", None) or method.Config()
 
 
+def several(*methods: ModuleType) -> dict[str, Any]:
+    """How a run must be for all of these to act: some want more than one prompt, from the same noise."""
+    prompts = max(getattr(method, "PROMPTS", 1) for method in methods)
+    return {} if prompts == 1 else {"batch": prompts, "twins": True}
+
+
 @dataclass(frozen=True)
 class Case:
     """A method with an engaging configuration, on one family."""
@@ -70,7 +76,11 @@ class Case:
         return self.family.name
 
     def run(self, pipe: Any, **setting) -> torch.Tensor:
-        return self.family.run(pipe, **{"steps": STEPS} | setting)
+        return self.family.run(pipe, **{"steps": STEPS} | several(self.method) | setting)
+
+    def plain(self) -> torch.Tensor:
+        """The run of an untouched pipeline."""
+        return plain(self.family.name, **several(self.method))
 
     def model(self, pipe: Any) -> torch.nn.Module:
         return self.family.model(pipe)
@@ -111,10 +121,11 @@ def attempt(method: ModuleType, family: Family) -> dict[str, Any]:
             found = found or {"works": False, "reason": str(refusal)}
             continue
         with patch:
-            out = family.run(pipe, steps=6)
+            out = family.run(pipe, **several(method) | {"steps": 6})
             assert patch.report()["state"] == "engaged", (method, family.name, patch.report())
-        assert out.isfinite().all() and not torch.equal(out, plain(family.name, steps=6))
-        assert torch.equal(family.run(pipe, steps=6), plain(family.name, steps=6))
+        setting = several(method) | {"steps": 6}
+        assert out.isfinite().all() and not torch.equal(out, plain(family.name, **setting))
+        assert torch.equal(family.run(pipe, **setting), plain(family.name, **setting))
         return {"works": True} | ({"with": change} if change else {})
     return found
 
@@ -185,7 +196,7 @@ def name(value: Any) -> str:
 def off_is_the_identity(case: Case) -> None:
     pipe = case.family.pipe()
     with case.method.apply(pipe, case.method.OFF) as patch:
-        assert torch.equal(case.run(pipe), plain(case.family.name))
+        assert torch.equal(case.run(pipe), case.plain())
         assert patch.report()["state"] == "off"
 
 
@@ -208,7 +219,7 @@ def removal_restores_every_bit(case: Case) -> None:
     case.run(pipe)
     patch.remove()
     patch.remove()
-    assert torch.equal(case.run(pipe), plain(case.family.name))
+    assert torch.equal(case.run(pipe), case.plain())
     assert attributes(case, pipe) == before
 
 
@@ -218,7 +229,7 @@ def a_second_application_is_refused(case: Case) -> None:
         with pytest.raises(ValueError, match="already on"):
             case.method.apply(pipe, case.config)
         assert torch.equal(case.run(pipe), case.once())
-    assert torch.equal(case.run(pipe), plain(case.family.name))
+    assert torch.equal(case.run(pipe), case.plain())
 
 
 def runs_leave_nothing_behind(case: Case) -> None:
@@ -293,7 +304,7 @@ def a_failed_application_leaves_nothing_behind(case: Case) -> None:
             assert attributes(case, pipe) == before, at
         else:
             break
-    assert at > 1 and torch.equal(case.run(pipe), plain(case.family.name))
+    assert at > 1 and torch.equal(case.run(pipe), case.plain())
 
 
 def engaged_means_cheaper(case: Case) -> None:
@@ -467,7 +478,7 @@ def a_copy_is_refused(case: Case) -> None:
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()
-    assert torch.equal(case.run(pipe), plain(case.family.name))
+    assert torch.equal(case.run(pipe), case.plain())
 
 
 def the_global_generator_is_untouched(case: Case) -> None:

@@ -47,38 +47,38 @@ def elsewhere():
 @pytest.mark.parametrize("order", ["compile_then_patch", "patch_then_compile"])
 @pytest.mark.parametrize("method", METHODS, ids=contract.slug)
 def test_blocks_compile_whole(method, order):
-    family, config = home(method), contract.engaging(method)
+    family, config, setting = home(method), contract.engaging(method), contract.several(method)
     layers = {"layers": MANY} if family.name == "dit" else {}
     eager, pipe = family.pipe(**layers), family.pipe(**layers)
     with method.apply(eager, config):
-        expected = family.run(eager, steps=STEPS)
+        expected = family.run(eager, steps=STEPS, **setting)
     if order == "compile_then_patch":
         compile_blocks(pipe)
-        plain = family.run(pipe, steps=2)
+        plain = family.run(pipe, steps=2, **setting)
     with torch._dynamo.config.patch(recompile_limit=LIMIT if layers else 2 * LIMIT):      # a UNet has two widths, two sizes
         with method.apply(pipe, config) as patch:
             if order == "patch_then_compile":
                 compile_blocks(pipe)
-            out = family.run(pipe, steps=STEPS)
+            out = family.run(pipe, steps=STEPS, **setting)
             assert patch.report()["state"] == "engaged"
             torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-2)
             compiled = counters["stats"]["unique_graphs"]
-            family.run(pipe, steps=STEPS, seed=1)
+            family.run(pipe, steps=STEPS, seed=1, **setting)
             assert counters["stats"]["unique_graphs"] == compiled                     # a second run compiles nothing
         assert compiled > 0 and not counters["graph_break"]
         if order == "compile_then_patch":
-            assert torch.equal(family.run(pipe, steps=2), plain)
+            assert torch.equal(family.run(pipe, steps=2, **setting), plain)
 
 
 @pytest.mark.parametrize("method, family", elsewhere())
 def test_other_families_compile_whole(method, family):
-    config = contract.engaging(method)
+    config, setting = contract.engaging(method), contract.several(method)
     eager, pipe = family.pipe(), family.pipe()
     with method.apply(eager, config):
-        expected = family.run(eager, steps=STEPS)
+        expected = family.run(eager, steps=STEPS, **setting)
     compile_blocks(pipe)
     with torch._dynamo.config.patch(recompile_limit=2 * LIMIT), method.apply(pipe, config):
-        torch.testing.assert_close(family.run(pipe, steps=STEPS), expected, atol=1e-3, rtol=1e-2)
+        torch.testing.assert_close(family.run(pipe, steps=STEPS, **setting), expected, atol=1e-3, rtol=1e-2)
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
 
 

@@ -43,18 +43,19 @@ GUIDED = [(method, family, k) for method in contract.patches() for family in con
 @pytest.mark.slow
 @pytest.mark.parametrize("method, family, k", GUIDED, ids=lambda v: getattr(v, "name", None) or getattr(v, "__name__", None))
 def test_every_patch_sees_the_call_as_it_is_made(method, family, k):
-    plain, outs = contract.plain(family.name, steps=STEPS), []
+    setting, outs = {"steps": STEPS} | contract.several(method), []
+    plain = contract.plain(family.name, **setting)
     for first in (0, 1):
         pipe = family.pipe()
         put = [lambda pipe: method.apply(pipe, contract.engaging(method)), lambda pipe: halving(pipe, k)]
         a, b = put[first](pipe), put[1 - first](pipe)
-        outs.append(family.run(pipe, steps=STEPS))
-        assert torch.equal(family.run(pipe, steps=STEPS), outs[-1])
+        outs.append(family.run(pipe, **setting))
+        assert torch.equal(family.run(pipe, **setting), outs[-1])
         evaluations = (a if first == 0 else b).counts["evaluations"] or STEPS                 # a solver takes fewer steps
         assert (b if first == 0 else a).counts["halved"] == max(0, evaluations - k)
         a.remove()
         b.remove()
-        assert torch.equal(family.run(pipe, steps=STEPS), plain)
+        assert torch.equal(family.run(pipe, **setting), plain)
     assert torch.equal(*outs) and outs[0].isfinite().all() and not torch.equal(outs[0], plain)
 
 

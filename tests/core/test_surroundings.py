@@ -28,17 +28,18 @@ def adapt(pipe):
 
 @pytest.mark.parametrize("method, family", cells("unet", "sd3", "flux"))
 def test_lora_before_or_after_the_patch(method, family):
-    config, (plain, before, after) = contract.engaging(method), (family.pipe() for _ in range(3))
+    config, setting = contract.engaging(method), SETTING | contract.several(method)
+    plain, before, after = (family.pipe() for _ in range(3))
     adapt(plain)
-    expected = family.run(plain, **SETTING)
+    expected = family.run(plain, **setting)
     adapt(before)
     with method.apply(before, config):
-        first = family.run(before, **SETTING)
+        first = family.run(before, **setting)
     with method.apply(after, config):
-        without = family.run(after, **SETTING)
+        without = family.run(after, **setting)
         adapt(after)
-        assert torch.equal(family.run(after, **SETTING), first) and not torch.equal(without, first)
-    assert torch.equal(family.run(before, **SETTING), expected) and torch.equal(family.run(after, **SETTING), expected)
+        assert torch.equal(family.run(after, **setting), first) and not torch.equal(without, first)
+    assert torch.equal(family.run(before, **setting), expected) and torch.equal(family.run(after, **setting), expected)
     assert not torch.equal(first, expected)
 
 
@@ -46,9 +47,10 @@ def test_lora_before_or_after_the_patch(method, family):
 def test_offloading_before_or_after_the_patch(method, family):
     """What `enable_model_cpu_offload` does to a component, with the CPU standing in for the accelerator, and again after
     every run as pipelines do: the hooks come off and on around the patch. So too on every attention, as sequentially."""
-    config, plain = contract.engaging(method), family.run(family.pipe(), **SETTING)
+    config, setting = contract.engaging(method), SETTING | contract.several(method)
+    plain = family.run(family.pipe(), **setting)
     with method.apply(alone := family.pipe(), config):
-        expected = family.run(alone, **SETTING)
+        expected = family.run(alone, **setting)
     for patch_first in (False, True):
         pipe = family.pipe()
         model = Family.model(pipe)
@@ -58,18 +60,18 @@ def test_offloading_before_or_after_the_patch(method, family):
         patch = method.apply(pipe, config)
         if patch_first:
             hook(parts)
-        assert torch.equal(family.run(pipe, **SETTING), expected)
+        assert torch.equal(family.run(pipe, **setting), expected)
         for part in parts:
             remove_hook_from_module(part)
-        assert torch.equal(family.run(pipe, **SETTING), expected)
+        assert torch.equal(family.run(pipe, **setting), expected)
         hook(parts)
-        assert torch.equal(family.run(pipe, **SETTING), expected)
+        assert torch.equal(family.run(pipe, **setting), expected)
         assert patch.report()["state"] == "engaged"
         patch.remove()
-        assert torch.equal(family.run(pipe, **SETTING), plain)
+        assert torch.equal(family.run(pipe, **setting), plain)
         for part in parts:
             remove_hook_from_module(part)
-        assert torch.equal(family.run(pipe, **SETTING), plain)
+        assert torch.equal(family.run(pipe, **setting), plain)
 
 
 def hook(parts):

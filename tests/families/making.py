@@ -109,12 +109,13 @@ class Family:
         return cls.models(pipe)[0]
 
     def run(self, pipe: Any, *, seed: int = 0, steps: int = 4, size: tuple[int, int] | None = None, batch: int = 1,
-            guidance: float = 3.0, **more) -> torch.Tensor:
-        """Latents (or, for DiT, pixels) of one run of `pipe`."""
+            guidance: float = 3.0, twins: bool = False, **more) -> torch.Tensor:
+        """Latents (or, for DiT, pixels) of one run of `pipe`; of `twins` all samples have the same noise."""
+        random = [torch.Generator().manual_seed(seed) for _ in range(batch if twins else 1)]
         dtype = self.model(pipe).dtype
         arguments = {name: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
                      for name, value in self.call(batch, seed).items()}
-        arguments = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed), "output_type": "latent",
+        arguments = {"num_inference_steps": steps, "generator": random if twins else random[0], "output_type": "latent",
                      **arguments}
         if self.guidance is not None:
             arguments[self.guidance] = guidance if self.scale is None else self.scale
