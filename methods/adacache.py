@@ -49,7 +49,7 @@ from torch import Tensor
 from methods._core.cache import Delta, chains
 from methods._core.context import StepContext
 from methods._core.denoiser import Block
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.site import Claim
 
 __all__ = ["CODEBOOKS", "OFF", "TINY", "Config", "apply", "change", "codebook", "frame_norms", "motion", "norms", "observe",
@@ -191,9 +191,8 @@ class _Pace:
 
 def _put(patch: Patch, config: Config, tell: Callable[[float], None]) -> Patch:
     patch.require_pipeline()
-    blocks = patch.require(() if patch.denoiser.unet else patch.denoiser.blocks,
-                           "chain of transformer blocks (on a UNet use deepcache)")
-    if config.motion and patch.denoiser.frame_axis is None:
+    blocks = patch.require(patch.denoiser.chain, "chain of transformer blocks (on a UNet use deepcache)")
+    if config.motion and patch.denoiser.row.grid.frames is None:
         raise ValueError(f"{patch.name}: motion is that of frames, and a {type(patch.model).__name__} draws none")
     found = [block for block in blocks if block.temporal] or blocks
     chosen = config.monitored or ((len(found) - 1) // 2,)
@@ -239,6 +238,7 @@ def observe(target: Any, changes: list[float], config: Config = Config()) -> Pat
     return _put(Patch(target, "adacache_observe", edits=True), replace(config, codebook=OFF.codebook), changes.append)
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Leave out all blocks for as many steps as the codebook says, adding what they added before.
 

@@ -53,7 +53,7 @@ from torch import Tensor, nn
 from methods._core.cache import Mute
 from methods._core.context import StepContext
 from methods._core.denoiser import Block
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.search import Candidate, Journal, Pool
 from methods._core.site import Claim
 from methods._core.solver import arrived, grid_class
@@ -256,6 +256,7 @@ class _Solver:
         return arrived(result, self.grid.step(sample, model_output, self.at, self.at + 1).to(sample.dtype))
 
 
+@per_denoiser
 def apply(pipe: Any, config: Config = Config()) -> Patch:
     """Run the steps of the plan without the layers that it leaves out.
 
@@ -270,9 +271,7 @@ def apply(pipe: Any, config: Config = Config()) -> Patch:
         return patch
     patch.require_pipeline()
     grid_class(patch.pipe.scheduler)
-    inner = [(*(module for pair in stage.layers for module in pair if module), *stage.module.resnets[len(stage.layers):])
-             for stage in patch.denoiser.unet]                     # the middle one ends with a resnet
-    layers = [_Layer(module) for modules in inner for module in modules] or [
+    layers = [_Layer(module) for stage in patch.denoiser.unet for group in stage.layers for module in group] or [
         _Layer(branch.module, block, branch.feeds) for block in patch.denoiser.blocks for branch in block.branches]
     if (top := max((layer for _, skipped in config.plan for layer in skipped), default=0)) >= len(layers):
         raise ValueError(f"autodiffusion: the plan leaves out layer {top}; this {type(patch.model).__name__} has layers 0 to "

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from methods._core.context import StepContext
 from methods._core.denoiser import check_whole
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.site import Claim
 
 __all__ = ["OFF", "PROMPTS", "TINY", "Config", "apply", "blocks", "difference", "norm_like", "opened", "otsu", "pooled",
@@ -213,6 +213,7 @@ class _Tokens:
         return self.editor.put(base, made)
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Draw the first prompt of a run whole, and the others only where they differ from it.
 

@@ -42,7 +42,7 @@ from torch import Tensor
 from methods._core.attention import mean_map
 from methods._core.context import StepContext
 from methods._core.denoiser import Block
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.site import Claim
 
 __all__ = ["OFF", "Config", "apply", "calibrate", "pruned", "score"]
@@ -145,6 +145,7 @@ def calibrate(target: Any, run: Callable[[], Any], *, save: Path | None = None) 
     return scores.mean
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Leave out the temporal attentions with the lowest scores.
 

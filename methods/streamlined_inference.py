@@ -45,7 +45,7 @@ from torch import Tensor
 from methods._core.cache import Reuse
 from methods._core.context import StepContext
 from methods._core.denoiser import Block
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.site import Claim
 
 __all__ = ["OFF", "Config", "apply", "evenly", "in_slices", "least_similar", "observe", "slices"]
@@ -129,8 +129,8 @@ class _Skipped:
 
 def _blocks(patch: Patch) -> tuple[list[Block], bool]:
     """Those of a video transformer, and whether some of them are temporal and the others spatial."""
-    video = patch.denoiser.frame_axis is not None
-    blocks = patch.require(patch.denoiser.blocks if video else (), "blocks over the tokens of a video")
+    video = patch.denoiser.row.grid.frames is not None
+    blocks = patch.require(patch.denoiser.chain if video else (), "blocks over the tokens of a video")
     return blocks, any(block.temporal for block in blocks)
 
 
@@ -160,6 +160,7 @@ def observe(target: Any, similarities: list[float], config: Config = Config()) -
     return patch.on()
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Run every block in slices, and take up a late feature in the steps that do not run whole.
 
