@@ -19,7 +19,7 @@ Map
 
 Departures
     The official code is for the networks of guided diffusion, whose layers are resnets and attentions; so are those of a UNet
-    here, whose attentions have cross-attention and an MLP. In a transformer each branch of each block is a layer.
+    here, whose attentions have cross-attention and an MLP. In a transformer, and over videos, it is each branch of each block.
     Another number of steps reads a plan in proportion. Steps are DDIM with eta = 0 or flow-matching Euler, without the official
     PLMS and DPM-Solver.
     The official joint search compares steps with `==` where it means to assign, compares lists where lengths are meant, may
@@ -94,8 +94,7 @@ def read(plan: Plan, steps: int) -> Plan:
     return tuple((t, plan[i * len(plan) // steps][1]) for i, t in enumerate(times))
 
 
-def cost(plan: Plan, layers: int) -> int:
-    """How many layers a plan runs in all."""
+def cost(plan: Plan, layers: int) -> int:            # how many layers a plan runs in all
     return sum(layers - len(skipped) for _, skipped in plan)
 
 
@@ -115,8 +114,7 @@ def skip_range(epoch: int, settled: bool, found: tuple[float, float], least: flo
     return (least if epoch > 5 else low), high
 
 
-def _some(layers: int, share: tuple[float, float], random: np.random.Generator) -> tuple[int, ...]:
-    """Layers to leave out, at random, a share of them drawn evenly from a range."""
+def _some(layers: int, share: tuple[float, float], random: np.random.Generator) -> tuple[int, ...]:     # layers to leave out
     count = int((share[0] + random.random() * (share[1] - share[0])) * layers)
     return tuple(sorted(random.permutation(layers)[:count].tolist()))
 
@@ -212,7 +210,7 @@ def search(objective: Callable[[Plan], float], steps: int, layers: int, *, times
 
 
 class _Layer:
-    """One layer that may be left out. The host sets `skip` before each call."""
+    """One layer that may be left out, as the host says."""
 
     def __init__(self, module: nn.Module, block: Block | None = None, feeds: Sequence[nn.Module] = ()):
         self.module, self.block, self.feeds, self._reuse = module, block, feeds, False      # a Mute asks for `_reuse`
@@ -224,8 +222,10 @@ class _Layer:
         if self.block is None:
             return self.beside(x)
         x = x.new_zeros(*x.shape[:-1], self.module.out_features) if self.feeds else x      # a projection of what they give
-        text = kwargs.get("encoder_hidden_states") if self.module is self.block.attn else None
-        return torch.zeros_like(x) if text is None else (torch.zeros_like(x), torch.zeros_like(text))
+        if self.module is not self.block.attn or self.block.stream != "joint":
+            return torch.zeros_like(x)
+        given = self.block.call(args, kwargs).given.items()
+        return tuple(torch.zeros_like(each) for name, each in given if name.endswith("hidden_states") or each is x)
 
     def beside(self, x: Tensor) -> Tensor | tuple[Tensor]:
         """What goes past a resnet, its shortcut, or past the transformer of a UNet."""
@@ -271,7 +271,8 @@ def apply(pipe: Any, config: Config = Config()) -> Patch:
         return patch
     patch.require_pipeline()
     grid_class(patch.pipe.scheduler)
-    layers = [_Layer(module) for stage in patch.denoiser.unet for group in stage.layers for module in group] or [
+    stages = patch.denoiser.unet if patch.denoiser.row.grid.frames is None else ()
+    layers = [_Layer(module) for stage in stages for group in stage.layers for module in group] or [
         _Layer(branch.module, block, branch.feeds) for block in patch.denoiser.blocks for branch in block.branches]
     if (top := max((layer for _, skipped in config.plan for layer in skipped), default=0)) >= len(layers):
         raise ValueError(f"autodiffusion: the plan leaves out layer {top}; this {type(patch.model).__name__} has layers 0 to "

@@ -228,7 +228,8 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     patch = Patch(target, "cesdi")
     if not config.on:
         return patch
-    patch.require(patch.denoiser.unet, "UNet stages with convolutions")
+    over_pictures = patch.denoiser.row.grid.frames is None
+    patch.require(patch.denoiser.unet if over_pictures else (), "UNet stages with convolutions over pictures")
     patch.require_pipeline()
     editor = _Editor(config)
     for module in patch.model.modules():

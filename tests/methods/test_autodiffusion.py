@@ -274,7 +274,7 @@ def test_what_cannot_be_served_is_refused():
     with pytest.raises(ValueError, match="apply it to the pipeline"):
         autodiffusion.apply(FAMILIES["dit"].pipe().transformer)
     with pytest.raises(ValueError, match="first-order solver"):
-        autodiffusion.apply(FAMILIES["sdxl"].pipe())
+        autodiffusion.apply(FAMILIES["cogvideox"].pipe())
     pipe = FAMILIES["unet"].pipe()
     with autodiffusion.apply(pipe), pytest.raises(ValueError, match="eta=0.5"):
         FAMILIES["unet"].run(pipe, eta=0.5)
