@@ -116,15 +116,15 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     attentions = [_Attention(module, cross, Reuse(patch.slot)) for module, cross in modules]
     for attention in attentions:
         patch.around(attention.module, attention.reuse.around)
-    handed: dict[tuple, list[Tensor | None]] = {}         # by the branch that goes on with half of the batch
+    slots = [attention.reuse.slots[0] for attention in attentions]
 
     def drop_guidance(context: StepContext) -> Rewrite | None:
         if context.i < config.gate or not context.guided:
             return None
         half, parts = context.only("null"), len(context.rows.parts)
-        slots = [attention.reuse.slots[0] for attention in attentions]
-        handed[half.branch] = [None if slot.value is None else mean_of_halves(slot.get(), context.rows) for slot in slots]
         for slot in slots:
+            if slot.value is not None:
+                slot.hand(half.branch, mean_of_halves(slot.get(), context.rows))
             slot.value = None
         dropped = (len(context.sample) - len(half.sample)) * len(attentions)
         patch.counts["halved"] += 1
@@ -132,9 +132,6 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         return Rewrite((half,), lambda null: torch.cat([null] * parts))         # guidance between equals changes nothing
 
     def decide(context: StepContext) -> None:
-        for attention, mean in zip(attentions, handed.pop(context.branch, ()), strict=False):
-            if mean is not None and not attention.reuse.ready:
-                attention.reuse.slots[0].keep(mean)
         early = config.gate is None or context.i < config.gate
         for module, cross, reuse in attentions:
             reuse.reuse = reuse.ready and not (early if cross else computes(context.i, config))
@@ -145,6 +142,5 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     if config.gate is not None:
         patch.rewrite(drop_guidance, Claim.GUIDANCE)
     patch.each_call(decide)
-    patch.each_run(handed.clear)
     patch.explain(lambda: "the run ends before any attention is reused")
     return patch.on()

@@ -26,6 +26,7 @@ class Slot:
         self._wide: torch.dtype | None = None
         self._branch: tuple | None = None
         self._others: dict[tuple, Any] = {}
+        self._handed: dict[tuple, Any] = {}
 
     def select(self, branch: tuple, stale: bool) -> None:
         """Switch to the branch now called, dropping what is kept of it if that is no longer valid."""
@@ -34,11 +35,17 @@ class Slot:
                 self._others[self._branch] = self.value
             self._branch, self.value = branch, self._others.pop(branch, None)
         if stale:
-            self.value = None
+            self.value = self._handed.pop(branch, None)
 
     def clear(self) -> None:
         self.value, self._branch = None, None
         self._others.clear()
+        self._handed.clear()
+
+    def hand(self, branch: tuple, x: Any) -> None:
+        """Let a branch that is fresh in this step begin with a tensor or a tuple of tensors, not with nothing: in a rewrite,
+        with what it shares of that kept of another."""
+        self._handed[branch] = x if self.dtype is None else _cast(x, self.dtype)
 
     def keep(self, x: Any) -> Any:
         """Keep a tensor or a tuple of tensors. -> x"""
@@ -52,7 +59,7 @@ class Slot:
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors kept, of every branch."""
-        yield from _tensors((self.value, self._others))
+        yield from _tensors((self.value, self._others, self._handed))
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:

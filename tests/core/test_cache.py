@@ -3,9 +3,11 @@ import pytest
 import torch
 from families import FAMILIES, FIRST, Family
 
-from methods._core.cache import Delta, chains
+from methods._core.cache import Delta, Slot, chains
+from methods._core.context import Rewrite
 from methods._core.denoiser import describe
 from methods._core.patch import Patch
+from methods._core.site import Claim
 
 CHAINED = [family for name in FIRST if not describe(Family.model((family := FAMILIES[name]).pipe())).unet]
 
@@ -140,3 +142,57 @@ def test_a_delta_may_be_kept_in_half_precision():
         whole = patch.report()["cached_bytes"]
         patch.limit(dtype=torch.bfloat16)
         assert FAMILIES["sd3"].run(pipe).isfinite().all() and patch.report()["cached_bytes"] == whole / 2 > 0
+
+
+def halving(pipe, start, part="null", **limit):
+    """A patch that keeps what one attention gives, reads it in every step, and from step `start` on runs one part of guidance,
+    which begins with its rows of what is kept of all."""
+    patch = Patch(pipe, "halving")
+    slot, patch.found = patch.slot(), []
+    block = patch.denoiser.blocks[0]
+    patch.around(block.attn, lambda forward, *args, **kwargs: slot.keep(forward(*args, **kwargs)))
+
+    def halve(context):
+        if context.i < start or not context.guided:
+            return None
+        half = context.only(part)
+        if slot.value is not None:
+            slot.hand(half.branch, context.rows.take(slot.get(), part))
+        return Rewrite((half,), lambda out: torch.cat([out] * 2))
+
+    patch.rewrite(halve, Claim.GUIDANCE)
+    patch.each_call(lambda context: patch.found.append(slot.get() if slot.value is not None else None))
+    return patch.limit(**limit).on()
+
+
+@pytest.mark.parametrize("part", ["null", "cond"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_branch_may_begin_with_what_is_kept_of_another(part, dtype):
+    pipe, gave = FAMILIES["pixart"].pipe(), []
+    describe(pipe.transformer).blocks[0].attn.register_forward_hook(lambda m, args, out: gave.append(out))
+    with halving(pipe, 2, part, dtype=dtype) as patch:
+        for _ in range(2):                                         # a second run begins with nothing again
+            gave.clear()
+            patch.found.clear()
+            FAMILIES["pixart"].run(pipe, steps=4)
+            null, cond = gave[1].chunk(2)
+            expected = [None, gave[0], null if part == "null" else cond, gave[2]]
+            assert patch.found[0] is None and [len(x) for x in patch.found[1:]] == [2, 1, 1]
+            for found, x in zip(patch.found[1:], expected[1:], strict=True):
+                assert torch.equal(found, x if dtype is None else x.to(dtype).to(x.dtype)) and found.dtype == x.dtype
+
+
+def test_what_is_handed_counts_and_is_dropped_with_the_rest():
+    slot = Slot()
+    slot.select((0,), stale=True)
+    slot.keep(torch.ones(2, 3))
+    slot.hand((0, "null"), torch.ones(1, 3))
+    assert sum(x.numel() for x in slot.tensors()) == 9
+    slot.select((0, "null"), stale=False)                          # not fresh after all: it has what it has, nothing
+    assert slot.value is None
+    slot.select((0, "null"), stale=True)
+    assert torch.equal(slot.get(), torch.ones(1, 3))
+    slot.hand((1,), torch.ones(1))
+    slot.clear()
+    slot.select((1,), stale=True)
+    assert slot.value is None and not list(slot.tensors())
