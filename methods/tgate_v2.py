@@ -9,7 +9,7 @@ text gone so is guidance: the model runs on the null prompt alone.
 
 Map
     semantics planning     self-attention up to the gate, every k-th step         computes
-    gate                   caches shrink to the mean of both guidance halves      mean_of_halves
+    gate                   caches shrink to the mean of both guidance halves      methods.tgate.mean_of_halves
     fidelity improving     cross-attention reused, one half of the batch          apply
     fidelity improving     self-attention every f-th step                         computes
     cache                  outputs behind the projection, before the residual     methods._core.cache.Reuse
@@ -38,15 +38,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from methods._core.cache import Reuse
-from methods._core.context import Rewrite, Rows, StepContext
+from methods._core.context import Rewrite, StepContext
 from methods._core.patch import Patch, per_denoiser
 from methods._core.site import Claim
+from methods.tgate import drop_guidance
 
-__all__ = ["OFF", "TINY", "Config", "apply", "computes", "mean_of_halves"]
+__all__ = ["OFF", "TINY", "Config", "apply", "computes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +75,6 @@ def computes(i: int, config: Config) -> bool:
     if config.gate is None or i < config.gate - 1:
         return i <= config.warm_up or i % config.sp_interval == 0
     return i == config.gate - 1 or i % config.fi_interval == 0
-
-
-def mean_of_halves(x: Tensor, rows: Rows) -> Tensor:
-    """Gate: the mean of the conditional and the unconditional part of x, whose first axis holds the parts one by one.
-
-    x (parts * b, ...) -> (b, ...); b is a multiple of the prompts where a model folds frames or places into the batch.
-    """
-    null, cond = (x.unflatten(0, (len(rows.parts), -1))[rows.parts.index(part)] for part in ("null", "cond"))
-    return (null + cond) / 2
 
 
 class _Attention(NamedTuple):
@@ -116,20 +107,10 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     attentions = [_Attention(module, cross, Reuse(patch.slot)) for module, cross in modules]
     for attention in attentions:
         patch.around(attention.module, attention.reuse.around)
-    slots = [attention.reuse.slots[0] for attention in attentions]
 
-    def drop_guidance(context: StepContext) -> Rewrite | None:
-        if context.i < config.gate or not context.guided:
-            return None
-        half, parts = context.only("null"), len(context.rows.parts)
-        for slot in slots:
-            if slot.value is not None:
-                slot.hand(half.branch, mean_of_halves(slot.get(), context.rows))
-            slot.value = None
-        dropped = (len(context.sample) - len(half.sample)) * len(attentions)
-        patch.counts["halved"] += 1
-        patch.tally(dropped, dropped)
-        return Rewrite((half,), lambda null: torch.cat([null] * parts))         # guidance between equals changes nothing
+    def gate(context: StepContext) -> Rewrite | None:
+        late = context.i >= config.gate and context.guided
+        return drop_guidance(patch, context, [attention.reuse.slots[0] for attention in attentions]) if late else None
 
     def decide(context: StepContext) -> None:
         early = config.gate is None or context.i < config.gate
@@ -140,7 +121,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
             patch.tally(len(context.sample) * reuse.reuse, len(context.sample))
 
     if config.gate is not None:
-        patch.rewrite(drop_guidance, Claim.GUIDANCE)
+        patch.rewrite(gate, Claim.GUIDANCE)
     patch.each_call(decide)
     patch.explain(lambda: "the run ends before any attention is reused")
     return patch.on()

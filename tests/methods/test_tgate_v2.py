@@ -4,7 +4,6 @@ from contracts import patch as contract
 from families import FAMILIES, WIDTH, Family
 
 from methods import deepcache, tgate_v2
-from methods._core.context import Rows
 from methods._core.denoiser import describe
 from methods.tgate_v2 import Config
 
@@ -65,13 +64,6 @@ def test_a_gate_at_the_end_is_the_plain_run(name, config):
     with tgate_v2.apply(pipe, config) as patch:
         assert torch.equal(family.run(pipe, steps=4), contract.plain(name, steps=4))
         assert patch.report()["state"] == "no gain" and "before any attention is reused" in patch.report()["reason"]
-
-
-def test_mean_of_halves():
-    x = torch.arange(12.0).view(6, 2)                              # two prompts
-    assert torch.equal(tgate_v2.mean_of_halves(x[:4], Rows(("null", "cond"), 2)), (x[:2] + x[2:4]) / 2)
-    assert torch.equal(tgate_v2.mean_of_halves(x[:4], Rows(("cond", "null"), 1)), (x[:2] + x[2:4]) / 2)     # of two frames each
-    assert torch.equal(tgate_v2.mean_of_halves(x, Rows(("null", "cond", "perturbed"), 2)), (x[:2] + x[2:4]) / 2)
 
 
 @pytest.mark.parametrize("name", CROSSED)
