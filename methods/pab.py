@@ -41,7 +41,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from methods._core.cache import Reuse
+from methods._core.cache import Reuse, self_attentions
 from methods._core.context import StepContext
 from methods._core.denoiser import Block
 from methods._core.patch import Patch
@@ -78,11 +78,10 @@ OFF = Config(spatial=1, temporal=1, cross=1)
 
 def ranges(block: Block, config: Config) -> Iterator[tuple[nn.Module, int]]:
     """Pyramid: the attentions of a block, each with its range n."""
-    own = config.temporal if block.temporal else config.spatial
-    yield block.attn, own
-    for branch in block.branches:
-        if branch.name in ("attn2", "cross"):                 # SD3 has a second attention over the image
-            yield branch.module, config.cross if branch.module is block.cross else own
+    for module in self_attentions(block):
+        yield module, config.temporal if block.temporal else config.spatial
+    if block.cross is not None:
+        yield block.cross, config.cross
 
 
 def clock(times: tuple[float, ...], by: str) -> list[float]:

@@ -10,7 +10,7 @@ text gone so is guidance: the model runs on the null prompt alone.
 Map
     semantics planning     self-attention up to the gate, every k-th step         computes
     gate                   caches shrink to the mean of both guidance halves      methods.tgate.mean_of_halves
-    fidelity improving     cross-attention reused, one half of the batch          apply
+    fidelity improving     cross-attention reused, one half of the batch          apply, methods.tgate.drop_guidance
     fidelity improving     self-attention every f-th step                         computes
     cache                  outputs behind the projection, before the residual     methods._core.cache.Reuse
 

@@ -34,8 +34,10 @@ class Slot:
             if self._branch is not None:
                 self._others[self._branch] = self.value
             self._branch, self.value = branch, self._others.pop(branch, None)
-        if stale:
-            self.value = self._handed.pop(branch, None)
+        if branch in self._handed:
+            self.value = self._handed.pop(branch)
+        elif stale:
+            self.value = None
 
     def clear(self) -> None:
         self.value, self._branch = None, None
@@ -43,9 +45,14 @@ class Slot:
         self._handed.clear()
 
     def hand(self, branch: tuple, x: Any) -> None:
-        """Let a branch that is fresh in this step begin with a tensor or a tuple of tensors, not with nothing: in a rewrite,
-        with what it shares of that kept of another."""
+        """Let the next call of a branch find a tensor or a tuple of tensors kept, in place of what it has: in a rewrite, its
+        part of what is kept of the branch now called."""
         self._handed[branch] = x if self.dtype is None else _cast(x, self.dtype)
+
+    def of(self, branch: tuple) -> Any:
+        """What was last kept of another branch, valid or not, in the precision in which it came."""
+        value = self._others.get(branch)
+        return value if self.dtype is None else _cast(value, self._wide)
 
     def keep(self, x: Any) -> Any:
         """Keep a tensor or a tuple of tensors. -> x"""
@@ -243,6 +250,11 @@ def chains(blocks: Iterable[Block]) -> list[list[Block]]:
         return block.temporal, block.row.returns, block.stream == "fused" and len(block.row.returns) == 1
 
     return [list(chain) for _, chain in itertools.groupby(blocks, key=streams)]
+
+
+def self_attentions(block: Block) -> list[nn.Module]:
+    """The self-attentions of a block: one, or in some blocks of SD3 a second one over the image alone."""
+    return [block.attn, *(branch.module for branch in block.branches if branch.name == "attn2")]
 
 
 class Rows:

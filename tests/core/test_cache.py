@@ -156,7 +156,7 @@ def halving(pipe, start, part="null", **limit):
         if context.i < start or not context.guided:
             return None
         half = context.only(part)
-        if slot.value is not None:
+        if half.fresh and slot.value is not None:
             slot.hand(half.branch, context.rows.take(slot.get(), part))
         return Rewrite((half,), lambda out: torch.cat([out] * 2))
 
@@ -187,11 +187,14 @@ def test_what_is_handed_counts_and_is_dropped_with_the_rest():
     slot.select((0,), stale=True)
     slot.keep(torch.ones(2, 3))
     slot.hand((0, "null"), torch.ones(1, 3))
-    assert sum(x.numel() for x in slot.tensors()) == 9
-    slot.select((0, "null"), stale=False)                          # not fresh after all: it has what it has, nothing
-    assert slot.value is None
+    assert sum(x.numel() for x in slot.tensors()) == 9 and slot.of((0, "null")) is None
     slot.select((0, "null"), stale=True)
-    assert torch.equal(slot.get(), torch.ones(1, 3))
+    assert torch.equal(slot.get(), torch.ones(1, 3)) and torch.equal(slot.of((0,)), torch.ones(2, 3))
+    slot.hand((0, "null"), torch.zeros(1, 3))                      # in place of what it has
+    slot.select((0, "null"), stale=False)
+    assert torch.equal(slot.get(), torch.zeros(1, 3))
+    slot.select((0, "null"), stale=True)
+    assert slot.value is None
     slot.hand((1,), torch.ones(1))
     slot.clear()
     slot.select((1,), stale=True)
