@@ -244,6 +244,19 @@ class _Part:
         return out
 
 
+class Passed:
+    """Around a block whose output nobody reads: run, or passed over, its streams as they came.
+
+    The host sets `over` before each call of the denoiser.
+    """
+
+    def __init__(self, block: Block):
+        self.block, self.over = block, False
+
+    def around(self, forward, *args, **kwargs):
+        return self.block.output(*self.block.streams(args, kwargs)) if self.over else forward(*args, **kwargs)
+
+
 def chains(blocks: Iterable[Block]) -> list[list[Block]]:
     """Blocks in execution order, parted where the model lays its tokens out anew between two of them."""
     def streams(block: Block) -> tuple:

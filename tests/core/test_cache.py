@@ -3,7 +3,7 @@ import pytest
 import torch
 from families import FAMILIES, FIRST, Family
 
-from methods._core.cache import Delta, Slot, chains
+from methods._core.cache import Delta, Passed, Slot, chains
 from methods._core.context import Rewrite
 from methods._core.denoiser import describe
 from methods._core.patch import Patch
@@ -199,3 +199,17 @@ def test_what_is_handed_counts_and_is_dropped_with_the_rest():
     slot.clear()
     slot.select((1,), stale=True)
     assert slot.value is None and not list(slot.tensors())
+
+
+@pytest.mark.parametrize("family", CHAINED, ids=lambda family: family.name)
+def test_blocks_that_are_passed_over_give_what_came(family):
+    pipe = family.pipe()
+    patch, blocks = Patch(pipe, "passing"), describe(Family.model(pipe)).blocks
+    passed = [Passed(block) for block in blocks[1:]]
+    for each in passed:
+        patch.around(each.block.module, each.around)
+        each.over = True
+    calls = met([block.norm for block in blocks])
+    with patch.on():
+        out = family.run(pipe, steps=3)
+    assert calls == [3, *[0] * (len(blocks) - 1)] and out.isfinite().all()
