@@ -1,5 +1,6 @@
 import pytest
 import torch
+import two_calls
 from contracts import patch as contract
 from diffusers import EulerDiscreteScheduler
 from families import FAMILIES, Family
@@ -187,6 +188,13 @@ def test_without_guidance_samples_are_not_mixed():
             outs.append(pipe(prompt_embeds=texts, guidance_scale=1.0, num_inference_steps=6, height=32, width=48,
                              output_type="latent", generator=[torch.Generator().manual_seed(i) for i in range(batch)]).images)
     torch.testing.assert_close(outs[1][:1], outs[0], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["dit", "cogvideox"])
+def test_guidance_in_two_calls_gives_the_same(name):
+    (one, first), (two, second) = two_calls.both(faster_diffusion, Config(keys=4), name)
+    torch.testing.assert_close(one, two, atol=1e-3, rtol=1e-3)
+    assert first["decoded"] == 9 and second["decoded"] == 18 and first["saved"] == second["saved"]
 
 
 @pytest.mark.parametrize("wrong, named", [({"keys": "some"}, "keys='some'"), ({"keys": 0}, "keys=0"),

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import two_calls
 from contracts import patch as contract
 from families import FAMILIES, Family
 
@@ -181,42 +182,13 @@ def test_with_a_scale_of_one_the_branch_left_out_does_not_matter():
     torch.testing.assert_close(*outs, atol=1e-3, rtol=1e-4)
 
 
-class Sampler:
-    """A pipeline of a few lines, with guidance in one batch or in two calls, the conditional one first."""
-
-    def __init__(self, pipe, calls):
-        self.transformer, self.scheduler, self.calls = pipe.transformer, pipe.scheduler, calls
-        self.do_classifier_free_guidance = calls == 1
-
-    def __call__(self, steps=12):
-        random = torch.Generator().manual_seed(0)
-        x, texts = torch.randn(2, 3, 4, 8, 12, generator=random), torch.randn(2, 2, 5, 16, generator=random)    # null, cond
-        self.scheduler.set_timesteps(steps)
-        for t in self.scheduler.timesteps:
-            def call(text, x=x, t=t):
-                return self.transformer(x.repeat(len(text) // 2, 1, 1, 1, 1), text, t.expand(len(text))).sample
-            if self.calls == 1:
-                null, cond = call(texts.flatten(0, 1)).chunk(2)
-            else:
-                cond, null = call(texts[1]), call(texts[0])
-            x = self.scheduler.step(null + 3 * (cond - null), t, x, return_dict=False)[0]
-        return x
-
-
 @pytest.mark.parametrize("config", [Config(), LATTE, Config(attention_interval=1), Config(interval=1)])
-def test_guidance_in_two_calls_gives_the_same_as_in_one(config):
-    outs, counts = [], []
-    for calls in (1, 2):
-        pipe = FAMILIES["cogvideox"].pipe()
-        pipe.transformer.config.use_rotary_positional_embeddings = True
-        sampler = Sampler(pipe, calls)
-        with fastercache.apply(sampler, config) as patch:
-            outs.append(sampler())
-            counts.append((patch.counts["alone"], patch.report()["saved"]))
-        plain = Sampler(FAMILIES["cogvideox"].pipe(), calls)()
-        assert not torch.allclose(outs[-1], plain, atol=1e-4)
-    torch.testing.assert_close(*outs, atol=1e-3, rtol=1e-3)
-    assert counts[0] == counts[1] and (counts[0][0] > 0) == (config.interval > 1)
+@pytest.mark.parametrize("name", ["dit", "cogvideox"])
+def test_guidance_in_two_calls_gives_the_same_as_in_one(name, config):
+    (one, first), (two, second) = two_calls.both(fastercache, config, name)
+    torch.testing.assert_close(one, two, atol=1e-3, rtol=1e-3)
+    assert first.get("alone") == second.get("alone") and first["saved"] == second["saved"] > 0
+    assert not torch.allclose(one, two_calls.Sampler(name, 1)(), atol=1e-3)
 
 
 def test_packed_latents_are_laid_out_as_an_image():
