@@ -40,7 +40,7 @@ Example
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +53,9 @@ from methods._core.cache import Rows, Slot, of_any_length
 from methods._core.context import StepContext
 from methods._core.denoiser import Block, Branch, check_whole
 from methods._core.patch import Patch, per_denoiser
+from methods._core.renew import Held
 
-__all__ = ["OFF", "Config", "apply", "entropy", "fresh_ratio", "full_steps", "select", "spread"]
+__all__ = ["OFF", "Config", "Layers", "apply", "entropy", "fresh_ratio", "full_steps", "select", "spread"]
 
 SCHEDULES = ("dit-ddim", "dit-ddpm", "pixart", "open-sora", "flux")
 SPREAD = {"dit-ddim": (0.6, 2), "dit-ddpm": (0.6, 2), "pixart": (0.4, 4)}                   # bonus and cell
@@ -173,7 +174,7 @@ class _Branch(Rows):
 
     def __init__(self, block: Block, branch: Branch, slots: tuple[Slot, Slot, Slot, Slot], depth: float):
         super().__init__(slots[0])
-        self.block, self.branch, self.depth, self.guided = block, branch, depth, False
+        self.block, self.branch, self.depth, self.guided, self.unit = block, branch, depth, False, True
         self.stale, self.mass, self.entropy = slots[1:]
 
     def wire(self, patch: Patch, scored: bool) -> None:
@@ -194,50 +195,82 @@ class _Branch(Rows):
         return product(q, k, v, **more)
 
     def importance(self, tokens: int) -> Tensor:
-        """Scores of the branch's tokens, the text's or the image's, scaled to unit length. -> (B, tokens)"""
+        """Scores of the branch's tokens, the text's or the image's, scaled to unit length if `unit`. -> (B, tokens)"""
         text = self.branch.name == "ff_context"
         score = self.mass.value if self.entropy.value is None else 1 + self.entropy.value
         score = score.narrow(1, score.shape[1] - tokens if text != self.block.text_first else 0, tokens)
-        return score / score.norm(dim=1, keepdim=True)
+        return score / score.norm(dim=1, keepdim=True) if self.unit else score
 
 
-class _Attention:
-    """Self-attention: computed on full steps, with its mass where that is the score, and reused whole on partial ones.
+class Layers:
+    """What is run whole or renewed in part, as the host says of each call.
 
-    In a Flux single block, whose output `total` is cached behind it, only the rows which that renews are handed on.
+    `weigh(q, k, v, **more)` -> (attention product, scores (B, tokens)) at the self-attention of a block. By default those with
+    cross-attention are scored by its entropy.
     """
 
-    def __init__(self, block: Block, slot: Slot, mass: Slot, total: _Branch | None):
-        self.block, self.slot, self.mass, self.total, self.full = block, slot, mass, total, True
+    def __init__(self, patch: Patch, config: Config, weigh: Callable | None = with_mass):
+        patch.require_pipeline()
+        denoiser = patch.denoiser
+        self.patch, self.config = patch, config
+        able = not denoiser.unet and denoiser.row.latents == 1 and all(block.by_rows for block in denoiser.blocks)
+        self.blocks = patch.require(denoiser.blocks if able else (), "chain of blocks over one latent with feed-forwards")
+        self.schedule = schedule_of(self.blocks) if config.schedule == "auto" else config.schedule
+        bonus, cell = SPREAD.get(self.schedule, (0.0, 1))
+        self.bonus, self.cell = (b if a is None else a for a, b in ((config.bonus, bonus), (config.cell, cell)))
+        self.attentions, self.branches = [], []
+        by_entropy = weigh is with_mass
+        streams = {stream: [b for b in self.blocks if b.stream == stream and not b.temporal]
+                   for stream in ("image", "joint", "fused")}
+        for block in self.blocks:
+            mass, scored_by = patch.slot(), patch.slot()
+            place = next((i for i, b in enumerate(streams[block.stream]) if b is block), block.index // 2)
+            depth = place / (27 if self.schedule == "flux" else max(1, len(streams[block.stream]) - 1))
+            total = None
+            for branch in block.branches:
+                if branch.module is not block.attn:
+                    self.branches.append(_Branch(block, branch, (patch.slot(), patch.slot(), mass, scored_by), depth))
+                    self.branches[-1].wire(patch, by_entropy)
+                    total = self.branches[-1] if branch.feeds else None
+            self.attentions.append(Held(block, patch.slot(), mass, total, weigh))
+            patch.around(block.attn, self.attentions[-1].around)
+            if weigh and not (by_entropy and block.cross is not None):
+                patch.attend(block.attn, self.attentions[-1].measure)
 
-    def around(self, forward, *args, **kwargs):
-        out = self.slot.keep(forward(*args, **kwargs)) if self.full else self.slot.get()
-        return out if self.full or self.total is None else self.total.chosen(out)
+    @property
+    def empty(self) -> bool:
+        """Whether something is not kept that a partial step needs."""
+        return any(each.slot.value is None for each in (*self.attentions, *self.branches))
 
-    def measure(self, product, q: Tensor, k: Tensor, v: Tensor, **more) -> Tensor:
-        out, self.mass.value = with_mass(q, k, v, **more)
-        return out
+    def run(self, context: StepContext, full: bool, deep: bool | None = None) -> None:
+        """Say, in `each_call`, that this call computes all or renews a part; `deep` is said of the blocks behind the first."""
+        patch, deep = self.patch, full if deep is None else deep
+        for attention in self.attentions:
+            attention.full = full if attention is self.attentions[0] else deep
+            patch.tally(not attention.full, 1)
+            patch.skips(() if attention.full else (attention.block.attn,))
+        for branch in self.branches:
+            branch.guided, branch.index = context.guided, None
+            if full if branch.block.index == 0 else deep:
+                branch.stale.value, renewed = None, 1.0
+            else:
+                branch.index = self._choose(branch, context)
+                patch.counts["rows"] += branch.index.shape[1]
+                renewed = branch.index.shape[1] / branch.slot.value.shape[1]
+            patch.tally(1 - renewed, 1)
 
-
-def _wire(patch: Patch, blocks: list[Block], schedule: str, scored: bool) -> tuple[list[_Attention], list[_Branch]]:
-    """Put the two kinds of hook on every block; blocks with cross-attention are scored by its entropy, others by mass."""
-    attentions, branches = [], []
-    streams = {stream: [b for b in blocks if b.stream == stream and not b.temporal] for stream in ("image", "joint", "fused")}
-    for block in blocks:
-        mass, scored_by = patch.slot(), patch.slot()
-        place = next((i for i, b in enumerate(streams[block.stream]) if b is block), block.index // 2)
-        depth = place / (27 if schedule == "flux" else max(1, len(streams[block.stream]) - 1))
-        total = None
-        for branch in block.branches:
-            if branch.module is not block.attn:
-                branches.append(_Branch(block, branch, (patch.slot(), patch.slot(), mass, scored_by), depth))
-                branches[-1].wire(patch, scored)
-                total = branches[-1] if branch.feeds else None
-        attentions.append(_Attention(block, patch.slot(), mass, total))
-        patch.around(block.attn, attentions[-1].around)
-        if scored and block.cross is None:
-            patch.attend(block.attn, attentions[-1].measure)
-    return attentions, branches
+    def _choose(self, branch: _Branch, context: StepContext) -> Tensor:
+        """Which rows (B, k) a branch renews; counts how long the others have waited."""
+        config, (batch, tokens, *_), stale = self.config, branch.slot.value.shape, branch.stale.value
+        stale = torch.zeros(batch, tokens, device=context.sample.device) if stale is None else stale
+        ratio = fresh_ratio(self.schedule, config.fresh, context.i, context.steps, branch.depth, branch.branch.name)
+        index = torch.empty(batch, 0, dtype=torch.long, device=stale.device)
+        if k := math.floor(ratio * tokens):
+            frames, height, width = context.denoiser.grid(context.inputs, branch.block)
+            cells = (height, width, self.cell, self.bonus) if self.bonus and frames == 1 and tokens == height * width else None
+            index = of_any_length(select(branch.importance(tokens), stale, k, config.interval, config.staleness, cells))
+        branch.stale.value = (stale + 1).scatter(1, index, 0.0)
+        return index
 
 
 @per_denoiser
@@ -250,50 +283,16 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     patch = Patch(target, "toca")
     if config.interval == 1:
         return patch
-    patch.require_pipeline()
-    denoiser = patch.denoiser
-    able = not denoiser.unet and denoiser.row.latents == 1 and all(block.by_rows for block in denoiser.blocks)
-    blocks = patch.require(denoiser.blocks if able else (), "chain of blocks over one latent, each with its own feed-forward")
-    schedule = schedule_of(blocks) if config.schedule == "auto" else config.schedule
-    bonus, cell = SPREAD.get(schedule, (0.0, 1))
-    bonus, cell = bonus if config.bonus is None else config.bonus, cell if config.cell is None else config.cell
-    attentions, branches = _wire(patch, blocks, schedule, scored=config.fresh > 0)
-    plan: dict[int, bool] = {}
+    layers, plan = Layers(patch, config, with_mass if config.fresh > 0 else None), {}
 
     def decide(context: StepContext) -> None:
-        check_whole(blocks)
+        check_whole(layers.blocks)
         if context.i == 0:
             plan.clear()
-            plan.update(full_steps(context.steps, config.interval, schedule, adaptive=config.fresh > 0))
-        empty = any(each.slot.value is None for each in (*attentions, *branches))
-        full = empty or context.i in plan
-        deep = full and (empty or plan[context.i] or not config.per_block_decision)
-        for attention in attentions:
-            attention.full = full if attention is attentions[0] else deep
-            patch.tally(not attention.full, 1)
-        patch.skips(attention.block.attn for attention in attentions if not attention.full)
-        for branch in branches:
-            branch.guided, branch.index = context.guided, None
-            if full if branch.block.index == 0 else deep:
-                branch.stale.value = None
-            else:
-                branch.index = choose(branch, context)
-                patch.counts["rows"] += branch.index.shape[1]
-            patch.tally(0 if branch.index is None else 1 - branch.index.shape[1] / branch.slot.value.shape[1], 1)
+            plan.update(full_steps(context.steps, config.interval, layers.schedule, adaptive=config.fresh > 0))
+        full = layers.empty or context.i in plan
+        layers.run(context, full, full and (layers.empty or plan[context.i] or not config.per_block_decision))
         patch.counts["full" if full else "partial"] += 1
-
-    def choose(branch: _Branch, context: StepContext) -> Tensor:
-        """Which rows (B, k) a branch renews; counts how long the others have waited."""
-        (batch, tokens, *_), stale = branch.slot.value.shape, branch.stale.value
-        stale = torch.zeros(batch, tokens, device=context.sample.device) if stale is None else stale
-        ratio = fresh_ratio(schedule, config.fresh, context.i, context.steps, branch.depth, branch.branch.name)
-        index = torch.empty(batch, 0, dtype=torch.long, device=stale.device)
-        if k := math.floor(ratio * tokens):
-            frames, height, width = denoiser.grid(context.inputs, branch.block)
-            cells = (height, width, cell, bonus) if bonus and frames == 1 and tokens == height * width else None
-            index = of_any_length(select(branch.importance(tokens), stale, k, config.interval, config.staleness, cells))
-        branch.stale.value = (stale + 1).scatter(1, index, 0.0)
-        return index
 
     patch.each_call(decide)
     patch.explain(lambda: "every step of this run is a full one")
