@@ -43,7 +43,7 @@ from methods._core.attention import with_mass
 from methods._core.cache import Passed, Reuse
 from methods._core.context import StepContext
 from methods._core.denoiser import check_whole
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 
 __all__ = ["OFF", "SCORES", "Config", "apply", "drawn", "kinds", "small_values"]
 
@@ -97,6 +97,7 @@ def drawn(scores: Tensor, parts: int, random: torch.Generator) -> Tensor:
     return torch.rand(batch // parts, tokens, generator=random).repeat(parts, 1).to(scores.device)
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Between full steps, renew the most important tokens in one step and run no block at all in the next.
 
@@ -110,7 +111,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     patch = Patch(target, "duca")
     if config.interval == 1:
         return patch
-    schedule = toca.FAMILIES.get(patch.denoiser.family, "") if config.schedule == "auto" else config.schedule
+    schedule = toca.schedule_of(patch.denoiser.blocks) if config.schedule == "auto" else config.schedule
     settings = toca.Config(interval=config.interval, fresh=config.fresh, staleness=config.staleness, schedule=config.schedule,
                            bonus=BONUS.get(schedule) if config.bonus is None else config.bonus)
     layers = toca.Layers(patch, settings, with_mass if config.score == "attention" else small_values)

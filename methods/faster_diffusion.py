@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from methods._core.cache import Passed, Reuse, Slot
 from methods._core.context import Rewrite, Rows, StepContext, given
 from methods._core.denoiser import Block, Denoiser
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.site import Claim
 
 __all__ = ["OFF", "Config", "apply", "encoder", "key_steps", "tiled"]
@@ -146,6 +146,7 @@ class _Injection:
         return call(model_output, timestep, sample, *args, **kwargs)
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Run the encoder in key steps only, and decode the steps between from its features.
 
@@ -187,10 +188,10 @@ def apply(target: Any, config: Config = Config()) -> Patch:
 
     def span(context: StepContext, steps: list[int]) -> Rewrite:
         rows, denoiser, n = context.rows, context.denoiser, len(steps)
-        time = torch.as_tensor(context.inputs[denoiser.time])
-        times = torch.tensor([context.times[i] / denoiser.timestep_scale for i in steps], dtype=torch.float64)
+        time = torch.as_tensor(context.inputs[denoiser.row.time])
+        times = torch.tensor([context.told[i] for i in steps], dtype=torch.float64)
         own = times.to(time).repeat_interleave(rows.prompts).repeat(len(rows.parts))
-        made = context.replace(tiled(inputs.value, rows, n) | {denoiser.time: own}, branch=f"{SPAN}{n}")
+        made = context.replace(tiled(inputs.value, rows, n) | {denoiser.row.time: own}, branch=f"{SPAN}{n}")
         for slot in (slot for each in kept for slot in each.slots):
             slot.hand(made.branch, slot.get())
 

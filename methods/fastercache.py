@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from methods._core.cache import Reuse, Slot, self_attentions
 from methods._core.context import Rewrite, StepContext, given
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.site import Claim
 
 __all__ = ["OFF", "Config", "apply", "bands", "computes", "extrapolate", "factors", "low_pass", "rebuild", "shares_guidance",
@@ -143,6 +143,7 @@ class _Extrapolated(Reuse):
         return out if half > 1 else out[0]
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Extrapolate self-attention in some steps, and run the conditional branch alone in most of the late ones.
 

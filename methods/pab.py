@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from methods._core.cache import Reuse, self_attentions
 from methods._core.context import StepContext
 from methods._core.denoiser import Block
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 
 __all__ = ["LATTE_MLP", "OFF", "Config", "apply", "broadcasts", "broadcasts_mlp", "clock", "ranges"]
 
@@ -101,6 +101,7 @@ def broadcasts_mlp(times: list[float], keys: tuple[float, ...], skip: int) -> li
     return [i not in first and any(start < i <= start + skip for start in first) for i in range(len(times))]
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Broadcast the outputs of attentions to following steps, within the window.
 

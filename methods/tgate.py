@@ -40,7 +40,7 @@ from torch import Tensor
 
 from methods._core.cache import Reuse, Slot
 from methods._core.context import Rewrite, Rows, StepContext
-from methods._core.patch import Patch
+from methods._core.patch import Patch, per_denoiser
 from methods._core.site import Claim
 
 __all__ = ["OFF", "TINY", "Config", "apply", "drop_guidance", "mean_of_halves"]
@@ -81,6 +81,7 @@ def drop_guidance(patch: Patch, context: StepContext, slots: list[Slot]) -> Rewr
     return Rewrite((half,), lambda null: torch.cat([null] * parts))              # guidance between equals changes nothing
 
 
+@per_denoiser
 def apply(target: Any, config: Config = Config()) -> Patch:
     """Reuse cross-attention from the gate on, and drop guidance with it.
 

@@ -55,7 +55,7 @@ from methods._core.denoiser import Block, Branch, check_whole
 from methods._core.patch import Patch, per_denoiser
 from methods._core.renew import Held
 
-__all__ = ["OFF", "Config", "Layers", "apply", "entropy", "fresh_ratio", "full_steps", "select", "spread"]
+__all__ = ["OFF", "Config", "Layers", "apply", "entropy", "fresh_ratio", "full_steps", "schedule_of", "select", "spread"]
 
 SCHEDULES = ("dit-ddim", "dit-ddpm", "pixart", "open-sora", "flux")
 SPREAD = {"dit-ddim": (0.6, 2), "dit-ddpm": (0.6, 2), "pixart": (0.4, 4)}                   # bonus and cell

@@ -61,7 +61,7 @@ class StepContext:
     """One call of the denoiser.
 
     `i` counts steps from 0; `steps` is the number of steps of this run (None on a bare model) and `times` are their timesteps
-    in the scheduler's scale, of which `t` is this step's; `call` numbers the calls within one step: 0 alone, 0 and 1 where
+    in the scheduler's scale, of which `t` is this step's, and `told` the same as the model is told them; `call` numbers the calls within one step: 0 alone, 0 and 1 where
     guidance calls the model twice, the next where it makes one more with layers skipped. `branch` names the call for whatever
     is remembered from step to step: its number, and the names that rewrites gave it. `fresh` says that nothing remembered of
     this branch is valid: it is called for the first time in this run, was not called in the step before, or had another
@@ -72,6 +72,7 @@ class StepContext:
     i: int
     steps: int | None
     times: tuple[float, ...]
+    told: tuple[float, ...]
     t: float | None
     call: int
     branch: tuple[int | str, ...]
@@ -378,6 +379,7 @@ class Run:
         self.i, self.calls, self.stepped = -1, 0, False
         self.steps: int | None = None
         self.times: tuple[float, ...] = ()
+        self.told: tuple[float, ...] = ()
         self.thread = self.timestep = self.rows = None
         self.seen: dict[tuple, tuple[int, torch.Size]] = {}
         for patch in self.patches:
@@ -457,7 +459,7 @@ class Run:
             self.i, self.stepped = 0, False
             if pipe is not None:
                 self.i = self.watches[0].taken                  # another expert may have taken the first steps
-                self.times = self._times_from(timestep)
+                self.times, self.told = self._times_from(timestep)
                 self.steps = len(self.times)
         elif pipe is None or self.stepped:
             self.i, self.calls, self.stepped = self.i + 1 if pipe is None else self.watches[0].taken, 0, False
@@ -478,7 +480,7 @@ class Run:
         branch = (self.calls,)
         fresh = _meet(self.seen, branch, self.i, sample)
         t = self.times[self.i] if self.times else None
-        return StepContext(self.i, self.steps, self.times, t, self.calls, branch, fresh, rows, inputs, self.denoiser, self.seen)
+        return StepContext(self.i, self.steps, self.times, self.told, t, self.calls, branch, fresh, rows, inputs, self.denoiser, self.seen)
 
     def _check_scheduler(self, scheduler: Any) -> None:
         """Go over to another scheduler: replaced since the patch was applied, or of another pipeline, and already started."""
@@ -493,14 +495,16 @@ class Run:
         self.restart()
         self.thread = thread
 
-    def _times_from(self, timestep: Any) -> tuple[float, ...]:
-        """The timesteps of this run: those from the first one given to a model on (image-to-image starts late)."""
+    def _times_from(self, timestep: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The timesteps of this run, from the first one given to a model on (image-to-image starts late), in the scheduler's
+        scale and in the model's."""
         scheduler = self.watches[0].scheduler
         grid = scheduler.timesteps.double().cpu()
         sigmas = getattr(scheduler, "sigmas", None)
         sigmas = grid if sigmas is None else torch.as_tensor(sigmas).double().cpu()[:len(grid)]
         told = self.denoiser.row.clock(grid, sigmas, scheduler.config.num_train_timesteps)
-        return tuple(grid[max(0, int((told - _first(timestep)).abs().argmin()) - self.i):].tolist())
+        start = max(0, int((told - _first(timestep)).abs().argmin()) - self.i)
+        return tuple(grid[start:].tolist()), tuple(told[start:].tolist())
 
 
 def _first(timestep: Any) -> float:
