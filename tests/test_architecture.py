@@ -181,6 +181,7 @@ def test_what_counts_as_a_list_of_methods(text, tool, test):
     assert lists_of_methods(ast.parse(text), True) == tool and lists_of_methods(ast.parse(text), False) == test
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocked, code", [
     ("triton", "from methods import tome; import torch; from accel_kernels.merge import merge, segments;"
                "merge(torch.ones(1, 4, 2), segments(torch.zeros(1, 4, dtype=torch.long), 1))"),

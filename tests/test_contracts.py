@@ -8,6 +8,7 @@ from contracts import compress, parallel
 from contracts import patch as common
 
 TOYS = Path(__file__).parent / "toys"
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

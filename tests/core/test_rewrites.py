@@ -139,6 +139,7 @@ def test_perturbed_attention_guidance_has_a_part_of_its_own():
 SKIPPING = dict(skip_guidance_layers=[0], skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slug", [contract.slug(m) for m in contract.patches()
                                   if any(family.name == "sd3" for family in contract.working(m))])
 def test_an_extra_call_with_layers_skipped_is_served(slug):

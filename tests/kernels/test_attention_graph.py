@@ -29,6 +29,7 @@ def test_worked_example(impl):
     assert partner(q, k, lse, scale=1.0, impl=impl).tolist() == [[0, 1]]  # the first row is a tie
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
 @pytest.mark.parametrize("queries, keys, width", ((63, 130, 20), (130, 63, 72), (1, 1, 8)))

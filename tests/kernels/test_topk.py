@@ -19,6 +19,7 @@ def test_worked_example(impl):
     assert rest.tolist() == [[0, 4], [1, 3]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
 @pytest.mark.parametrize("tokens", (1, 63, 130))

@@ -13,6 +13,7 @@ def run(*command, cwd=ROOT):
     return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=cwd)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", ["check_catalog", "render_readme", "new_entry", "export", "render_site"])
 def test_they_run_as_scripts_and_as_modules(tool):
     for command in ([f"tools/{tool}.py"], ["-m", f"accel_tools.{tool}"]):
