@@ -161,7 +161,8 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         return patch
     patch.require_pipeline()
     unet = bool(patch.denoiser.unet)
-    parts = patch.require(encoder(patch.denoiser, config.share), f"encoder of share={config.share}")
+    able = patch.denoiser.row.by_sample and all(block.row.sequence_axis == 1 for block in patch.denoiser.blocks)
+    parts = patch.require(encoder(patch.denoiser, config.share) if able else (), f"encoder of share={config.share}")
     modules = [part.module if isinstance(part, Block) else part for part in parts]
     whole = len(patch.denoiser.unet or patch.denoiser.blocks)
     kept = [_Encoder(patch.slot) for _ in (parts if unet else parts[-1:])]

@@ -57,7 +57,7 @@ class Slot:
     def keep(self, x: Any) -> Any:
         """Keep a tensor or a tuple of tensors. -> x"""
         self.value = x if self.dtype is None else _cast(x, self.dtype)
-        self._wide = (x[0] if isinstance(x, tuple) else x).dtype
+        self._wide = next(each for each in (x if isinstance(x, tuple) else (x,)) if each is not None).dtype
         return x
 
     def get(self) -> Any:

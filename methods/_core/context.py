@@ -51,8 +51,10 @@ class Rows:
             return {name: self.take(each, part) for name, each in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)(self.take(each, part) for each in value)
-        if torch.is_tensor(value) and value.ndim and len(value) == len(self.parts) * self.prompts:
-            return value[self.of(part)]
+        if torch.is_tensor(value) and value.ndim:
+            times, rest = divmod(len(value), len(self.parts) * self.prompts)
+            if not rest and (times == 1 or value.ndim > 2):                   # frames, too, may lie along the first axis
+                return value.unflatten(0, (len(self.parts), -1))[self.parts.index(part)]
         return value
 
 
@@ -61,12 +63,12 @@ class StepContext:
     """One call of the denoiser.
 
     `i` counts steps from 0; `steps` is the number of steps of this run (None on a bare model) and `times` are their timesteps
-    in the scheduler's scale, of which `t` is this step's, and `told` the same as the model is told them; `call` numbers the calls within one step: 0 alone, 0 and 1 where
-    guidance calls the model twice, the next where it makes one more with layers skipped. `branch` names the call for whatever
-    is remembered from step to step: its number, and the names that rewrites gave it. `fresh` says that nothing remembered of
-    this branch is valid: it is called for the first time in this run, was not called in the step before, or had another
-    shape. `rows` says which of the batch belongs to which branch of guidance. `inputs` are the arguments of the denoiser's
-    forward by name, as the model will get them.
+    in the scheduler's scale, of which `t` is this step's, `told` the same in the model's; `call` numbers the calls within one
+    step: 0 alone, 0 and 1 where guidance calls the model twice, the next where it makes one more with layers skipped. `branch`
+    names the call for whatever is remembered from step to step: its number, and the names that rewrites gave it. `fresh` says
+    that nothing remembered of this branch is valid: it is called for the first time in this run, was not called in the step
+    before, or had another shape. `rows` says which of the batch belongs to which branch of guidance. `inputs` are the arguments
+    of the denoiser's forward by name, as the model will get them.
     """
 
     i: int
@@ -480,7 +482,8 @@ class Run:
         branch = (self.calls,)
         fresh = _meet(self.seen, branch, self.i, sample)
         t = self.times[self.i] if self.times else None
-        return StepContext(self.i, self.steps, self.times, self.told, t, self.calls, branch, fresh, rows, inputs, self.denoiser, self.seen)
+        return StepContext(self.i, self.steps, self.times, self.told, t, self.calls, branch, fresh, rows, inputs, self.denoiser,
+                           self.seen)
 
     def _check_scheduler(self, scheduler: Any) -> None:
         """Go over to another scheduler: replaced since the patch was applied, or of another pipeline, and already started."""

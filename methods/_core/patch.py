@@ -112,11 +112,15 @@ class Patch:
         `claim` says what of the call it changes, SOLVER, GUIDANCE, CROP or SKIP, and is the order in which patches are asked.
 
         Raises:
-            ValueError: the model denoises several latents at once, of which a rewritten call would know one.
+            ValueError: the model denoises several latents at once, of which a rewritten call would know one; or, for GUIDANCE,
+                its samples cannot be taken apart.
         """
         if self.denoiser.row.latents > 1:
             raise ValueError(f"{self.name} changes calls of the denoiser, and {type(self.model).__name__} denoises several "
                              "latents in one call")
+        if claim == Claim.GUIDANCE and not self.denoiser.row.by_sample:
+            raise ValueError(f"{self.name} takes calls of the denoiser apart, and {type(self.model).__name__} pads or packs "
+                             "its samples together")
         self.rewrites.append((claim, function))
         self.claim([self.model], claim)
 

@@ -121,8 +121,11 @@ def attempt(method: ModuleType, family: Family) -> dict[str, Any]:
             found = found or {"works": False, "reason": str(refusal)}
             continue
         with patch:
-            out = family.run(pipe, **several(method) | {"steps": 6})
-            assert patch.report()["state"] == "engaged", (method, family.name, patch.report())
+            out, report = family.run(pipe, **several(method) | {"steps": 6}), patch.report()
+        if report["state"] == "no gain":
+            found = found or {"works": False, "reason": report["reason"]}
+            continue
+        assert report["state"] == "engaged", (method, family.name, report)
         setting = several(method) | {"steps": 6}
         assert out.isfinite().all() and not torch.equal(out, plain(family.name, **setting))
         assert torch.equal(family.run(pipe, **setting), plain(family.name, **setting))

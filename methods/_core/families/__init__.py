@@ -80,6 +80,7 @@ class Family:
         cut: inputs of the model that run along the image tokens -> axis.
         shared: further inputs that are the same for all samples.
         listed: inputs of the model that are lists with one item a sample.
+        by_sample: what is given for one sample does not depend on the others: no padding to the longest, no packing.
         batched: pipelines put the branches of guidance into one batch.
         cond_first: in that batch the conditional branch stands first.
         interleaved: the lists of blocks take turns.
@@ -102,6 +103,7 @@ class Family:
     cut: Mapping[str, int] = field(default_factory=dict)
     shared: tuple[str, ...] = ()
     listed: tuple[str, ...] = ()
+    by_sample: bool = True
     batched: bool = True
     cond_first: bool = False
     interleaved: bool = False

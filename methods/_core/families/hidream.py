@@ -7,4 +7,4 @@ FAMILY = Family("hidream", ("HiDreamImageTransformer2DModel",), (
     Blocks("double_stream_blocks.*.block", "attn1", "norm1_i", None, "ff_i", "ff_t", text="apart", text_first=False,
            along=ALONG, returns=("image", "text")),
     Blocks("single_stream_blocks.*.block", "attn1", "norm1_i", None, "ff_i", text="within", text_first=False, along=ALONG)),
-    Grid(), time="timesteps", tail="final_layer")
+    Grid(), time="timesteps", by_sample=False, tail="final_layer")
