@@ -33,7 +33,7 @@ Example
     >>> import methods
     >>> from methods import tokencache
     >>> pipe = methods.tiny("dit")
-    >>> with tokencache.apply(pipe, tokencache.Config(predictor=methods.weights("tokencache-1"))) as patch:
+    >>> with tokencache.apply(pipe, tokencache.Config(predictor="tokencache-1")) as patch:
     ...     images = pipe([3], num_inference_steps=4, output_type="np").images
     >>> patch.report()["cached"]
     1536
@@ -58,6 +58,7 @@ from methods._core.context import StepContext
 from methods._core.denoiser import Block, check_whole, describe
 from methods._core.patch import Patch, per_denoiser
 from methods._core.site import Claim
+from methods._trained import weights
 
 __all__ = ["OFF", "TRAINED", "Config", "Predictor", "apply", "full_steps", "kept", "loss", "superpose"]
 
@@ -97,7 +98,7 @@ class Config:
     blocks: float = 0.75                 # share of blocks that are pruned in a cached step; version 1
     periods: tuple[int, int] = (2, 3)    # K of the two phases: one full step, then K - 1 cached ones; version 2 has the second
     switch: float = 0.5                  # share of the steps that is the first phase
-    predictor: Predictor | str | Path | None = None     # trained weights, or their file; None: random ones
+    predictor: Predictor | str | Path | None = None     # trained, or its file, or a name in TRAINED; None: random weights
     seed: int = 0                        # of random weights
 
     def __post_init__(self):
@@ -194,7 +195,7 @@ def _predictor(config: Config, blocks: int) -> Predictor:
     else:
         found = Predictor(blocks, seed=config.seed)
         if config.predictor is not None:
-            learning.load(found, config.predictor)
+            learning.load(found, weights(config.predictor) if config.predictor in TRAINED else config.predictor)
     if len(found.block) != blocks:
         raise ValueError(f"tokencache: the predictor is of {len(found.block)} blocks, this model has {blocks}")
     return found
