@@ -201,15 +201,20 @@ class Caller(NamedTuple):
 
 def find_caller(model: nn.Module) -> Caller | None:
     """The nearest caller that is a pipeline over `model`."""
+    return next((caller for caller in _callers()
+                 if any(_plain(getattr(caller.pipe, name, None)) is model for name in DENOISERS)), None)
+
+
+def _callers() -> Iterator[Caller]:
+    """The pipelines in whose calls this is, from the innermost."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__call__":
             known = frame.f_locals
             pipe = known.get("components", known.get("self"))       # a step of a modular pipeline, or a pipeline
-            if hasattr(pipe, "scheduler") and any(_plain(getattr(pipe, name, None)) is model for name in DENOISERS):
-                return Caller(pipe, known)
+            if hasattr(pipe, "scheduler"):
+                yield Caller(pipe, known)
         frame = frame.f_back
-    return None
 
 
 def _plain(model: Any) -> Any:
@@ -271,9 +276,15 @@ class Watch:
             run.end_step(self)
         self.taken += 1
         solver = self._solver()
-        if solver and not called:
-            raise RuntimeError("the pipeline's denoiser was replaced under a solver-level patch: apply the patch again")
+        if not called and (solver or self._replaced()):
+            raise RuntimeError("the pipeline's denoiser was replaced under a patch, which then does nothing: remove the patch, "
+                               "and apply it again")
         return solver.step(call, *args, **kwargs) if solver else call(*args, **kwargs)
+
+    def _replaced(self) -> bool:
+        """Whether one of the pipelines that are patched steps, though none of their models was called."""
+        patched = {id(patch.pipe) for run in self.runs for patch in run.patches if patch.pipe is not None}
+        return any(id(pipe) in patched for pipe, _ in _callers())
 
     def _solver(self) -> Any:
         return next((patch.solver for run in self.runs for patch in run.patches if patch.solver is not None), None)

@@ -3,6 +3,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
 from families import FAMILIES, FIRST, Family
 
+from methods import pfdiff, tome
 from methods._core.patch import Patch
 
 
@@ -113,3 +114,26 @@ def test_the_latent_grid_is_read_not_guessed():
         grids[name] = denoiser.grid(seen[0].inputs, denoiser.blocks[0])
     assert grids == {"unet": (1, 16, 24), "sdxl": (1, 8, 12), "dit": (1, 8, 8), "pixart": (1, 8, 12), "sd3": (1, 8, 12),
                      "flux": (1, 8, 12), "latte": (1, 8, 12), "cogvideox": (3, 4, 4)}
+
+
+@pytest.mark.parametrize("method", [tome, pfdiff])
+def test_a_denoiser_that_is_replaced_under_a_patch_is_noticed(method):
+    """What would do nothing, or half, says so at the first step; the replaced model stays free."""
+    pipe, other = FAMILIES["sd3"].pipe(), FAMILIES["sd3"].pipe().transformer
+    patched, expected = pipe.transformer, FAMILIES["sd3"].run(FAMILIES["sd3"].pipe())
+    with method.apply(pipe):
+        pipe.transformer = other
+        with pytest.raises(RuntimeError, match="was replaced under a patch"):
+            FAMILIES["sd3"].run(pipe)
+    assert torch.equal(FAMILIES["sd3"].run(pipe), expected)
+    pipe.transformer = patched
+    assert torch.equal(FAMILIES["sd3"].run(pipe), expected)
+
+
+def test_a_second_pipeline_may_step_with_the_scheduler_of_a_patched_one():
+    first, second = FAMILIES["sd3"].pipe(), FAMILIES["sd3"].pipe()
+    expected, second.scheduler = FAMILIES["sd3"].run(second), first.scheduler
+    with tome.apply(first) as patch:
+        merged = FAMILIES["sd3"].run(first)
+        assert torch.equal(FAMILIES["sd3"].run(second), expected)
+        assert torch.equal(FAMILIES["sd3"].run(first), merged) and patch.report()["state"] == "engaged"
