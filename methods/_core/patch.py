@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,10 @@ from methods._core.denoiser import Block, describe
 from methods._core.look import modulated_input
 from methods._core.site import Claim, attach, conflict, detach
 
+P = ParamSpec("P")
 
-def per_denoiser(apply: Callable[..., Patch]) -> Callable[..., Patch]:
+
+def per_denoiser(apply: Callable[P, Patch]) -> Callable[P, Patch]:
     """Let `apply(target, config)` patch every denoiser of a pipeline that has several, all or none, as one patch.
 
     Raises:
@@ -32,7 +34,7 @@ def per_denoiser(apply: Callable[..., Patch]) -> Callable[..., Patch]:
     default = inspect.signature(apply).parameters["config"].default
 
     @functools.wraps(apply)
-    def applied(*args: Any, **kwargs: Any) -> Patch:
+    def applied(*args: P.args, **kwargs: P.kwargs) -> Patch:
         given = inspect.signature(apply).bind(*args, **kwargs).arguments
         config = given.get("config", default)
         if not isinstance(config, type(default)):
