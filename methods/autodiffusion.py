@@ -281,8 +281,7 @@ def apply(pipe: Any, config: Config = Config()) -> Patch:
         patch.around(layer.module, layer.around)
         for feed in layer.feeds:
             patch.around(feed, Mute(layer, feed).around)
-    solver = _Solver(patch, config.plan)
-    patch.solve(solver)
+    solver = patch.solve(_Solver(patch, config.plan))
     patch.claim([patch.model], Claim.SOLVER)
 
     def decide(context: StepContext) -> None:

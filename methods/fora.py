@@ -31,9 +31,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from methods._core.cache import Mute, Reuse
+from methods._core.cache import Reuse, over_branches
 from methods._core.context import StepContext
-from methods._core.denoiser import Branch
 from methods._core.patch import Patch, per_denoiser
 
 __all__ = ["OFF", "Config", "apply", "computes"]
@@ -76,13 +75,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     patch.require_pipeline()
     blocks = patch.require(() if patch.denoiser.unet else patch.denoiser.blocks,
                            "chain of transformer blocks (on a UNet use deepcache)")
-    reuses: list[tuple[Branch, Reuse]] = []
-    for branch in (branch for block in blocks for branch in block.branches):
-        reuse = Reuse(patch.slot)
-        reuses.append((branch, reuse))
-        patch.around(branch.module, reuse.around)
-        for feed in branch.feeds:
-            patch.around(feed, Mute(reuse, feed).around)
+    reuses = over_branches(patch.around, blocks, lambda: Reuse(patch.slot))
 
     def decide(context: StepContext) -> None:
         due = context.fresh or computes(context.i, context.steps, config.interval, config.count_from)

@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods._core.cache import Mute, Reuse, Slot
+from methods._core.cache import Reuse, Slot, over_branches
 from methods._core.context import StepContext
 from methods._core.patch import Patch, per_denoiser
 
@@ -111,12 +111,8 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         return patch
     what = "chain of transformer blocks (on a UNet use deepcache)"
     blocks = patch.require(() if patch.denoiser.unet else patch.denoiser.blocks, what)
-    known, at, seers = patch.slot(), {}, []                     # known: (last full step, highest order of differences then)
-    for branch in (branch for block in blocks for branch in block.branches):
-        seers.append((branch, seer := Forecast(patch.slot, at)))
-        patch.around(branch.module, seer.around)
-        for feed in branch.feeds:
-            patch.around(feed, Mute(seer, feed).around)
+    known, at = patch.slot(), {}                                # known: (last full step, highest order of differences then)
+    seers = over_branches(patch.around, blocks, lambda: Forecast(patch.slot, at))
 
     def decide(context: StepContext) -> None:
         last, order = known.value or (None, 0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from accel_kernels.rows import gather_rows, scatter_rows
-from methods._core.denoiser import Block
+from methods._core.denoiser import Block, Branch
 
 
 class Slot:
@@ -141,6 +141,16 @@ class Mute:
         pair = kwargs.get("encoder_hidden_states") is not None                  # an attention over two streams gives both
         blank = tuple(x[..., :1].expand(*x.shape[:-1], self.width) for x in streams[:1 + pair])
         return blank if pair else blank[0]
+
+
+def over_branches(around: Callable, blocks: Iterable[Block], make: Callable[[], Reuse]) -> list[tuple[Branch, Reuse]]:
+    """Stand, by `Patch.around`, around every branch of these blocks with a `make()` of its own, and mute what only feeds it."""
+    made = [(branch, make()) for block in blocks for branch in block.branches]
+    for branch, reuse in made:
+        around(branch.module, reuse.around)
+        for feed in branch.feeds:
+            around(feed, Mute(reuse, feed).around)
+    return made
 
 
 class Deep:
