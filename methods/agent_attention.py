@@ -23,6 +23,8 @@ Departures
     logits in single precision, for SD 2.1, is left to the fused attention, which accumulates so.
     The two products are fused attentions with scales of their own, so the N x n maps are never held.
     Self-attention over image tokens alone. Where text shares the sequence the method does not say what an agent is.
+    Where positions enter inside the attention (Wan, LTX) one plan serves the batch, and tokens and agents are turned to the
+    places of their destinations.
     In the trained module the grid need not be square and the class token is optional; dropout is left out.
 
 Example
@@ -51,7 +53,7 @@ from methods._core.context import StepContext
 from methods._core.denoiser import Block
 from methods._core.patch import Patch, per_denoiser
 from methods._core.reduction import Reduction, reduce_all
-from methods._core.tokens import Plan, merge_plan, partition, reduction
+from methods._core.tokens import Plan, joined, merge_plan, partition, reduction
 
 __all__ = ["OFF", "AgentAttention", "Config", "apply"]
 
@@ -99,9 +101,10 @@ class _Agents(Reduction):
         patch.attend(self.block.attn, self.attend)
 
     def match(self, x: Tensor) -> Plan:
+        batch, x = len(x), joined(x) if self.block.rotary else x
         score, into = cosine_match(x, self.src, self.dst)
-        self.agents = merge_plan(score, into, self.src, self.dst, self.agent_r) if self.engaged else None
-        return merge_plan(score, into, self.src, self.dst, self.r)
+        self.agents = merge_plan(score, into, self.src, self.dst, self.agent_r, batch) if self.engaged else None
+        return merge_plan(score, into, self.src, self.dst, self.r, batch)
 
     def around(self, forward, *args, **kwargs):
         call = self.block.call(args, kwargs)
@@ -109,7 +112,8 @@ class _Agents(Reduction):
         if self.agents is None:
             return plan.restore(forward(**call.shorter(self.tokens, plan.owner[0], plan.reduce)))
         rows = plan.reduce(call.x)
-        out = forward(**call.shorter(self.tokens, plan.owner[0], lambda x: torch.cat([rows, self.agents.reduce(x)], 1)))
+        owner = torch.cat([plan.owner[0], self.agents.owner[0]])
+        out = forward(**call.shorter(self.tokens, owner, lambda x: torch.cat([rows, self.agents.reduce(x)], 1)))
         return plan.restore(out[:, :rows.shape[1]].contiguous())
 
     def attend(self, product, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **more) -> Tensor:
@@ -193,8 +197,8 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     patch = Patch(target, "agent_attention")
     if config.ratio == 0 and config.agent_share == 0:
         return patch
-    blocks = patch.blocks_at(config.max_downsample, lambda b: b.stream == "image" and not b.rotary,
-                             " over image tokens alone, without positions inside")
+    blocks = patch.blocks_at(config.max_downsample, lambda b: b.stream == "image" and not b.masked,
+                             " over image tokens alone, without a mask")
     patch.require_pipeline()
 
     def prepare(context: StepContext) -> Callable:

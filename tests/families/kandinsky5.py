@@ -10,7 +10,7 @@ def make(layers: int = 3) -> Kandinsky5T2IPipeline:
         model_dim=32, ff_dim=64, num_text_blocks=1, num_visual_blocks=layers, axes_dims=(2, 2, 4), visual_cond=False,
         attention_type="regular")
     pipe = Kandinsky5T2IPipeline(model, vae(), None, None, None, None, FlowMatchEulerDiscreteScheduler(shift=3.0))
-    pipe.resolutions = [(32, 48), (48, 32)]
+    pipe.resolutions = [(64, 96), (96, 64)]
     return pipe
 
 
@@ -21,4 +21,4 @@ def call(batch: int, seed: int) -> dict:
                 negative_prompt_embeds_clip=text(batch, seed + 50, words=1)[:, 0])
 
 
-FAMILY = Family("kandinsky5", make, ((32, 48), (48, 32)), call)
+FAMILY = Family("kandinsky5", make, ((64, 96), (96, 64)), call)
