@@ -44,7 +44,7 @@ from torch import Tensor
 
 from methods._core.attention import mean_map
 from methods._core.cache import Slot
-from methods._core.context import Rewrite, StepContext
+from methods._core.context import Rewrite, StepContext, within
 from methods._core.crop import Crop
 from methods._core.denoiser import Block
 from methods._core.patch import Patch, per_denoiser
@@ -105,17 +105,18 @@ def highlight(maps: Tensor, words: Tensor, size: tuple[int, int], threshold: flo
 
 class _Words:
     """Which tokens (prompts, T) of the prompts are words: those given in `places`, or those of the texts that the pipeline's
-    text encoder has read since the last run. None where neither is known."""
+    text encoder has read within this call of it. None where neither is known."""
 
     def __init__(self, patch: Patch, places: tuple[int, ...]):
-        self.places, self.read, self.mask = places, [], None
+        self.places, self.read, self.mask, self.pipe = places, [], None, patch.pipe
         encoder, tokenizer = (getattr(patch.pipe, name, None) for name in ("text_encoder", "tokenizer"))
         if not places and encoder is not None and tokenizer is not None:
             self.special = torch.tensor(tokenizer.all_special_ids)
             patch.around(encoder, self.around, Claim.LOOK)
 
     def around(self, forward, input_ids: Tensor, *args, **kwargs):
-        self.read.append(~torch.isin(input_ids, self.special.to(input_ids.device)))
+        if within(self.pipe):                                # a text encoded beforehand may be of any image, or of none
+            self.read.append(~torch.isin(input_ids, self.special.to(input_ids.device)))
         return forward(input_ids, *args, **kwargs)
 
     def begin(self, context: StepContext) -> None:

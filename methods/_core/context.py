@@ -205,6 +205,11 @@ def find_caller(model: nn.Module) -> Caller | None:
                  if any(_plain(getattr(caller.pipe, name, None)) is model for name in DENOISERS)), None)
 
 
+def within(pipe: Any) -> bool:
+    """Whether this runs in a call of that pipeline."""
+    return any(caller.pipe is pipe for caller in _callers())
+
+
 def _callers() -> Iterator[Caller]:
     """The pipelines in whose calls this is, from the innermost."""
     frame = sys._getframe(1)
@@ -323,6 +328,10 @@ def _reporting(plain: type) -> type:
 
 TWO_PIPELINES = ("two pipelines are driving one patched model at once, or it is used outside its run: give each its own copy "
                  "of the model, or let one run end before the next begins")
+
+
+CACHED = ("a cache of diffusers is enabled on this model, and it and the patch would pass over each other's work: call "
+          "disable_cache() on it, or remove the patch")
 
 
 class Run:
@@ -465,6 +474,8 @@ class Run:
     def _context(self, inputs: dict) -> StepContext:
         caller = find_caller(self.model)
         pipe = caller.pipe if caller else next((patch.pipe for patch in self.patches if patch.pipe is not None), None)
+        if getattr(self.model, "is_cache_enabled", False):
+            raise RuntimeError(CACHED)
         sample, timestep = self.denoiser.sample(inputs), inputs.get(self.denoiser.row.time)
         if pipe is not None:
             self._check_scheduler(pipe.scheduler)

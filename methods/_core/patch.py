@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from methods._core.attention import at_product
 from methods._core.cache import Slot
-from methods._core.context import Rewrite, Run, StepContext, Watch, experts, split_target
+from methods._core.context import CACHED, Rewrite, Run, StepContext, Watch, experts, split_target
 from methods._core.denoiser import Block, describe
 from methods._core.look import modulated_input
 from methods._core.site import Claim, attach, conflict, detach
@@ -217,8 +217,11 @@ class Patch:
         """Put it on the model, all or nothing. -> itself
 
         Raises:
-            ValueError: the method is already on this model, or makes claims that another patch on it does not admit.
+            ValueError: the method is already on this model, makes claims that another patch on it does not admit, or a cache of
+                diffusers is enabled there.
         """
+        if getattr(self.model, "is_cache_enabled", False):
+            raise ValueError(f"{self.name}: {CACHED}")
         there = Run.on(self.model)
         for other in there.patches if there else ():
             if other.name == self.name:

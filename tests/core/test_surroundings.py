@@ -4,8 +4,11 @@ import torch
 from accelerate import cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
 from contracts import patch as contract
-from families import Family
+from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from families import FAMILIES, Family
 from peft import LoraConfig
+
+from methods import fora
 
 pytestmark = pytest.mark.slow
 
@@ -78,3 +81,21 @@ def test_offloading_before_or_after_the_patch(method, family):
 def hook(parts):
     for part in parts:
         cpu_offload_with_hook(part, "cpu")
+
+
+@pytest.mark.parametrize("config", [FirstBlockCacheConfig(threshold=0.1), PyramidAttentionBroadcastConfig(
+    spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500)], ids=["first_block", "pab"])
+def test_a_cache_of_diffusers_and_a_patch_refuse_each_other(config):
+    family = FAMILIES["flux"]
+    pipe, plain = family.pipe(), family.run(family.pipe(), **SETTING)
+    pipe.transformer.enable_cache(config)
+    with pytest.raises(ValueError, match="a cache of diffusers is enabled"):
+        fora.apply(pipe)
+    pipe.transformer.disable_cache()
+    with fora.apply(pipe):
+        pipe.transformer.enable_cache(config)
+        with pytest.raises(RuntimeError, match="a cache of diffusers is enabled"):
+            family.run(pipe, **SETTING)
+        pipe.transformer.disable_cache()
+        assert not torch.equal(family.run(pipe, **SETTING), plain)
+    assert torch.equal(family.run(pipe, **SETTING), plain)

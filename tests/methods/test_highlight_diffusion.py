@@ -188,6 +188,22 @@ def test_without_known_words_all_steps_are_full():
     assert words[0].nonzero().tolist() == [[0, 2]]
 
 
+def test_words_encoded_beforehand_are_of_no_image():
+    """Two prompts are encoded, then drawn from their embeddings; and a second pipeline reads with the same encoder."""
+    pipe = methods.tiny("unet")
+    other = methods.tiny("unet")
+    other.text_encoder = pipe.text_encoder
+    with hd.apply(pipe, SCALED) as patch, hd.apply(other, SCALED) as second:
+        embeds = [pipe.encode_prompt(word, "cpu", 1, True)[:2] for word in ("red apple", "dog")]
+        for cond, null in embeds:
+            pipe(prompt_embeds=cond, negative_prompt_embeds=null, num_inference_steps=4, output_type="latent")
+            assert patch.report()["state"] == "no gain" and "no words are known" in patch.report()["reason"]
+        pipe("green apple", num_inference_steps=20, output_type="latent", generator=torch.Generator().manual_seed(0))
+        assert patch.report()["state"] == "engaged"
+        assert second.report()["state"] == "idle"
+    assert "_patch_site" not in vars(pipe.text_encoder)
+
+
 def test_words_of_another_run_are_forgotten():
     pipe, words, real = methods.tiny("unet"), [], hd.highlight
     pipe.set_progress_bar_config(disable=True)
