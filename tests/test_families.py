@@ -7,9 +7,11 @@ from __future__ import annotations
 import inspect
 import math
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from families import FAMILIES, Family
 
 from methods._core.context import experts, split_target
@@ -21,6 +23,7 @@ from methods._core.tokens import join_plan
 
 ALL = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 STEPS = 2
+ROOT = Path(__file__).parents[1]
 
 
 def size(family: Family):
@@ -60,6 +63,7 @@ def test_every_row_has_a_pipeline():
     """And every class a row that is found by its name."""
     known = {family.row or family.name for family in FAMILIES.values()}
     assert {row.name for row in families().values()} == known
+    assert set(FAMILIES) <= set(yaml.safe_load((ROOT / "catalog/vocab.yaml").read_text())["model"]["terms"])
 
 
 @ALL
