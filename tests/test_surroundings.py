@@ -1,9 +1,10 @@
 """catalog/surroundings.json says in whose company each patch works. It is derived here, by trying every method in every
-situation of tests/surroundings.
+situation of tests/surroundings whose model it works on.
 
 `pytest tests/test_surroundings.py --update` writes it anew, with `--method SLUG` the row of one method.
 """
 import json
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,10 @@ from typing import Any
 import pytest
 import torch
 from contracts import patch as contract
+from families import FAMILIES
 from surroundings import Situation, situations
+
+pytestmark = pytest.mark.slow
 
 TABLE = contract.ROOT / "catalog/surroundings.json"
 SHARE = 0.05           # of what moving the companion's input does to the plain run, and must still do under the patch
@@ -25,14 +29,14 @@ def plain(name: str) -> tuple[Any, list[torch.Tensor]]:
     return pipe, [situation.seeded(pipe, moved) for moved in (0, 1)]
 
 
-def tried(method: ModuleType, situation: Situation) -> dict[str, Any]:
+def tried(method: ModuleType, situation: Situation, change: dict[str, Any]) -> dict[str, Any]:
     """Right is: it engages, the result is finite, a second run equals the first, the companion still has its effect, and the
     method comes off without a trace. Else it is refused, or says why it leaves nothing out."""
     pipe, (first, moved) = plain(situation.name)
     effect = float((moved - first).norm())
     assert effect > 0
     try:
-        with method.apply(pipe, contract.engaging(method)) as patch:
+        with method.apply(pipe, replace(contract.engaging(method), **change)) as patch:
             found = [situation.seeded(pipe, each) for each in (0, 1, 0)]
             report = patch.report()
     except ValueError as refusal:
@@ -51,7 +55,8 @@ def tried(method: ModuleType, situation: Situation) -> dict[str, Any]:
 def test_table(method, request):
     if request.config.getoption("--method") not in (None, contract.slug(method)):
         pytest.skip("another method was asked for")
-    row = {name: tried(method, situation) for name, situation in situations().items()}
+    row = {name: tried(method, situation, change) for name, situation in situations().items()
+           if (change := contract.setting(method, FAMILIES[situation.family])) is not None}
     if request.config.getoption("--update"):
         contract.record(TABLE, method, row)
     found = json.loads(TABLE.read_text()).get(contract.slug(method))

@@ -16,9 +16,11 @@ import torch
 
 @dataclass(frozen=True)
 class Situation:
-    """`run(pipe, 0)` and `run(pipe, 1)` differ in what the companion is given, or in how strong it is."""
+    """`family` is that of the model. `run(pipe, 0)` and `run(pipe, 1)` differ in what the companion is given, or in how strong
+    it is."""
 
     name: str
+    family: str
     make: Callable[[], Any]
     run: Callable[[Any, int], torch.Tensor]
 

@@ -16,5 +16,5 @@ def make() -> FluxControlNetPipeline:
     return pipe
 
 
-SITUATION = Situation("ControlNet on FLUX", make, lambda pipe, moved: FAMILIES["flux"].run(
+SITUATION = Situation("ControlNet on FLUX", "flux", make, lambda pipe, moved: FAMILIES["flux"].run(
     pipe, steps=6, control_image=picture(moved)))

@@ -8,4 +8,4 @@ def run(pipe, moved: int):
     return FAMILIES["unet"].run(pipe, steps=6)
 
 
-SITUATION = Situation("FreeU", FAMILIES["unet"].pipe, run)
+SITUATION = Situation("FreeU", "unet", FAMILIES["unet"].pipe, run)

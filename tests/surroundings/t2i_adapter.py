@@ -15,5 +15,5 @@ def make() -> StableDiffusionAdapterPipeline:
     return pipe
 
 
-SITUATION = Situation("T2I-Adapter", make, lambda pipe, moved: FAMILIES["unet"].run(
+SITUATION = Situation("T2I-Adapter", "unet", make, lambda pipe, moved: FAMILIES["unet"].run(
     pipe, steps=6, image=picture(moved), height=32, width=32))

@@ -171,13 +171,13 @@ def stacking(site: Site) -> dict:
 
 
 def company(site: Site) -> dict:
-    """The table of situations: names of the columns, a row for each method that works in one, and reasons with their cells."""
-    situations = list(next(iter(site.surroundings.values()), {}))
+    """The table of situations: names of the columns, a row for each method that was tried, and reasons with their cells."""
+    situations = sorted({situation for found in site.surroundings.values() for situation in found}, key=str.casefold)
     rows, reasons = [], {}
     for slug, found in site.surroundings.items():
         name = site.catalog.entries[slug].name
-        if any(each["works"] for each in found.values()):
-            rows.append({"slug": slug, "name": name, "cells": [found[each] for each in situations]})
+        if found:
+            rows.append({"slug": slug, "name": name, "cells": [found.get(each) for each in situations]})
         for situation, each in found.items():
             if not each["works"]:
                 reason = each["reason"].removeprefix(f"{slug}: ").removeprefix(f"{slug} ")
