@@ -161,7 +161,9 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         return patch
     patch.require_pipeline()
     unet = bool(patch.denoiser.unet)
-    able = patch.denoiser.row.by_sample and all(block.row.sequence_axis == 1 for block in patch.denoiser.blocks)
+    row = patch.denoiser.row
+    able = row.by_sample and not (row.unet and row.grid.frames) and all(
+        block.row.sequence_axis == 1 for block in patch.denoiser.blocks)
     parts = patch.require(encoder(patch.denoiser, config.share) if able else (), f"encoder of share={config.share}")
     modules = [part.module if isinstance(part, Block) else part for part in parts]
     whole = len(patch.denoiser.unet or patch.denoiser.blocks)
@@ -192,7 +194,9 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         time = torch.as_tensor(context.inputs[denoiser.row.time])
         times = torch.tensor([context.told[i] for i in steps], dtype=torch.float64)
         own = times.to(time).repeat_interleave(rows.prompts).repeat(len(rows.parts))
-        made = context.replace(tiled(inputs.value, rows, n) | {denoiser.row.time: own}, branch=f"{SPAN}{n}")
+        whole = {*denoiser.row.cut, *denoiser.row.shared}             # the same for all samples
+        tiles = {name: value if name in whole else tiled(value, rows, n) for name, value in inputs.value.items()}
+        made = context.replace(tiles | {denoiser.row.time: own}, branch=f"{SPAN}{n}")
         for slot in (slot for each in kept for slot in each.slots):
             slot.hand(made.branch, slot.get())
 

@@ -85,12 +85,12 @@ def test_semantic_value_is_the_column_mean_of_the_attention_map():
     layer.tokens, layer.src, layer.dst, layer.r = 16, torch.arange(1, 16), torch.zeros(1, dtype=torch.long), 0
     layer.input = x
     merged = at_product(layer.attend)
-    torch.testing.assert_close(layer.image(partial(merged, attn.forward), x), attn(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer.around(partial(merged, attn.forward), x), attn(x), atol=1e-5, rtol=1e-5)
     q, k = (torch.stack(p(x).chunk(attn.heads, -1), 1) for p in (attn.to_q, attn.to_k))
     maps = (q @ k.mT * attn.scale).softmax(-1)
     torch.testing.assert_close(layer.value.value, maps.mean((1, 2)), atol=1e-6, rtol=1e-5)
     layer.r, layer.input = 15, x
-    layer.image(partial(merged, attn.forward), x)
+    layer.around(partial(merged, attn.forward), x)
     torch.testing.assert_close(layer.value.value, torch.ones(2, 16))       # one token left: it receives all there is
 
 
