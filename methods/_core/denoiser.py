@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from methods._core.families import Axis, Blocks, Family, families, find
+from methods._core.families.grids import Unknown
 
 
 @dataclass(frozen=True)
@@ -296,7 +297,7 @@ class Denoiser:
         """Blocks over the tokens of frames whose grid is at most so many times coarser than at full resolution, and whose
         attention costs more than in proportion to them."""
         return [block for block in self.blocks if 2 ** block.level <= max_downsample and not block.temporal
-                and block.row.product != "none"]
+                and block.row.product != "none" and not isinstance(self.row.grid, Unknown)]
 
     def left_out(self, inputs: dict[str, Any]) -> set[int]:
         """Ids of the modules in those blocks that the inputs tell the model to pass over (skip-layer guidance)."""
@@ -339,7 +340,9 @@ def describe(model: nn.Module) -> Denoiser:
     row = find(type(model))
     if row is None:
         known = ", ".join(sorted(families()))
-        raise TypeError(f"{type(model).__name__} is not a denoiser this library knows; it knows {known}")
+        raise TypeError(f"{type(model).__name__} is not a denoiser this library knows; see what two steps show of it with "
+                        "methods.guess(pipe, run), where run() samples them, or tools/new_family.py, which writes a row. "
+                        f"It knows {known}")
     if row.unet:
         stages = tuple(_stages(model))
         return Denoiser(row, model, tuple(_unet_blocks(model, stages)), stages)

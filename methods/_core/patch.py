@@ -19,6 +19,7 @@ from methods._core.attention import at_product
 from methods._core.cache import Slot
 from methods._core.context import CACHED, Rewrite, Run, StepContext, Watch, experts, split_target
 from methods._core.denoiser import Block, describe
+from methods._core.families.grids import Unknown
 from methods._core.look import modulated_input
 from methods._core.site import Claim, attach, conflict, detach
 
@@ -89,7 +90,14 @@ class Patch:
     # ---- wiring, used by methods before `on` --------------------------------------------------------------------------
 
     def around(self, module: nn.Module, function: Callable, claim: Claim = Claim.OUTPUT) -> None:
-        """Call `function(forward, *args, **kwargs)` in place of `module.forward`, claiming `claim` of the module."""
+        """Call `function(forward, *args, **kwargs)` in place of `module.forward`, claiming `claim` of the module.
+
+        Raises:
+            ValueError: for TOKENS and INSIDE, it is not known which tokens are the image's.
+        """
+        if claim in (Claim.TOKENS, Claim.INSIDE) and isinstance(self.denoiser.row.grid, Unknown):
+            raise ValueError(f"{self.name} needs to know which tokens of {type(self.model).__name__} are the image's, and that "
+                             "was not proved")
         self._claims.append((module, claim, function))
 
     def attend(self, attn: nn.Module, function: Callable, claim: Claim = Claim.INSIDE) -> None:

@@ -125,3 +125,11 @@ class Marked(Grid):
         ids = inputs["position_ids"][0][marks == marks[-1]]
         height, width = (int(axis.max() - axis.min()) + 1 for axis in ids[:, 1:].unbind(-1))
         return len(ids) // (height * width), height, width
+
+
+@dataclass(frozen=True)
+class Unknown(Grid):
+    """Not known: nothing that needs to know which tokens are the image's can be applied."""
+
+    def __call__(self, model: nn.Module, inputs: dict[str, Any], latent: str) -> Size:
+        raise ValueError(f"which tokens of {type(model).__name__} are the image's is not known")
