@@ -185,6 +185,12 @@ def _range(found: list[int]) -> str:
     return "none" if not found else str(found[0]) if len(found) == 1 else f"{len(found)} from {min(found)} to {max(found)}"
 
 
+def _output(out: Any) -> Tensor:
+    """What a model gave, as one tensor."""
+    out = out if torch.is_tensor(out) else out[0]
+    return torch.stack(list(out)) if isinstance(out, (list, tuple)) else out
+
+
 def _own(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: dict(value) if isinstance(value, dict) else value for name, value in inputs.items()}    # models pop from them
 
@@ -223,28 +229,29 @@ class _Step:
 
 def _steps(pipe: Any, models: list[nn.Module], run: Run) -> list[_Step]:
     scheduler, calls, steps = pipe.scheduler, [], []
-    step = scheduler.step
+    plain = type(scheduler)
 
-    @functools.wraps(step)
-    def watched(output, t, sample, *args, **kwargs):
-        sigmas = getattr(scheduler, "sigmas", None)
-        sigma = None if sigmas is None else float(sigmas[len(steps)])
-        steps.append(_Step(float(t), sigma, output, sample.clone(), calls[:]))
-        calls.clear()
-        return step(output, t, sample, *args, **kwargs)
+    @functools.wraps(plain.step)
+    def watched(self, output, t, sample, *args, **kwargs):
+        if self is scheduler:                                         # and not a copy of it, for sound
+            sigmas = getattr(scheduler, "sigmas", None)
+            sigma = None if sigmas is None else float(sigmas[len(steps)])
+            steps.append(_Step(float(t), sigma, output, sample.clone(), calls[:]))
+            calls.clear()
+        return plain.step(self, output, t, sample, *args, **kwargs)
 
     def seen(module, args, kwargs, out):
-        out = out if torch.is_tensor(out) else out[0]
-        calls.append((_named(module, args, kwargs), torch.stack(list(out)) if isinstance(out, (list, tuple)) else out))
+        calls.append((_named(module, args, kwargs), _output(out)))
 
-    scheduler.step = watched
+    scheduler.__class__ = type(plain.__name__, (plain,), {"step": watched})
     try:
         with _hooked([model.register_forward_hook(seen, with_kwargs=True) for model in models]):
             run()
     finally:
-        del scheduler.step
+        scheduler.__class__ = plain
     if len(steps) != 2 or not all(each.calls for each in steps):
-        raise Unclear(f"the run must be two steps of the pipeline's scheduler, each with a call of the model; it made {len(steps)}")
+        raise Unclear("the run must be two steps of the pipeline's scheduler, each with a call of the model; it made "
+                      f"{len(steps)}")
     return steps
 
 
@@ -265,12 +272,13 @@ class _Products(TorchFunctionMode):
 @dataclass
 class _Seen:
     """One call of the model: modules in the order in which they were called, the first call of each (arguments, output), how
-    often, and the queries of each module that calls the product by itself."""
+    often, and of each module that calls the product by itself the first queries and the number of products."""
 
     order: list[nn.Module] = field(default_factory=list)
     first: dict[nn.Module, tuple[dict[str, Any], Any]] = field(default_factory=dict)
     times: dict[nn.Module, int] = field(default_factory=dict)
     queries: dict[nn.Module, Tensor] = field(default_factory=dict)
+    products: dict[nn.Module, int] = field(default_factory=dict)
 
 
 def _watch(model: nn.Module, inputs: dict[str, Any], kept: set[nn.Module]) -> _Seen:
@@ -291,6 +299,7 @@ def _watch(model: nn.Module, inputs: dict[str, Any], kept: set[nn.Module]) -> _S
 
     def product(q, k):
         seen.queries.setdefault(stack[-1], q if stack[-1] in kept else q[:0])
+        seen.products[stack[-1]] = seen.products.get(stack[-1], 0) + 1
 
     for module in model.modules():
         handles += [module.register_forward_pre_hook(enter, with_kwargs=True),
@@ -323,13 +332,17 @@ def _first_tensor(given: dict[str, Any]) -> Tensor | None:
 def _along(given: dict[str, Any], lengths: set[int]) -> dict[str, Axis]:
     """Arguments with an axis of one of these lengths -> the axis. The last of a table that is no mask holds channels."""
     def axis(name: str, x: Any) -> Axis | None:
+        if isinstance(x, (tuple, list)):
+            found = {axis(name, each) for each in x} - {None}
+            return found.pop() if len(found) == 1 else None
         if not torch.is_tensor(x):
             return None
         mask = "mask" in name
         axes = [i for i in range(x.ndim if mask else x.ndim - 1) if x.shape[i] in lengths and x.shape[i] > 1]
-        if mask:
-            axes = [i - x.ndim for i in axes if i or x.ndim == 1]
-        return None if not axes else tuple(axes) if mask and len(axes) > 1 else axes[-1] if mask else axes[0]
+        if not mask:
+            return axes[0] if axes else None
+        axes = [i - x.ndim for i in axes if i or x.ndim == 1]                      # the first axis is the batch
+        return (tuple(axes) if len(axes) > 1 else axes[0]) if axes else None
 
     found: dict[str, Axis] = {}
     for name, value in given.items():
@@ -370,7 +383,8 @@ def _blocks(path: str, block: nn.Module, seen: _Seen, tokens: int, text_first: b
         raise Unclear(f"there are as many words as tokens of the image, {tokens}: run another size")
     before = called[:called.index(attn)]
     norm = next((name for name in before if (y := _first_tensor(seen.first[parts[name]][0])) is not None
-                 and y.shape == x.shape and parts[name] not in seen.queries), None)
+                 and parts[name] not in seen.queries and y.ndim == 3 and y.shape[::2] == x.shape[::2]
+                 and y.shape[1] in (length, length if text_first else length + count)), None)
     if norm is None:
         raise Unclear(f"{path}: no module is called with the tokens before {attn}")
 
@@ -401,11 +415,12 @@ def _blocks(path: str, block: nn.Module, seen: _Seen, tokens: int, text_first: b
     return Blocks(path, attn, norm, cross[0][0] if cross else None, ff[0] if ff else None, ff_text[0] if ff_text else None,
                   more, total, text, text_first if text else True, _along(attended, {length, tokens + count}), returns,
                   second if "text" in returns else "encoder_hidden_states", alone=bool(ff or total),
+                  product="one" if seen.products[parts[attn]] == seen.times[parts[attn]] else "each",
                   shared=bool(ff and text == "apart" and not ff_text and seen.times[parts[ff[0]]] > 1))
 
 
 def _structure(model: nn.Module, inputs: dict[str, Any], latent: str) -> tuple[dict[str, Any], int]:
-    """The lists of blocks, whether they take turns, what runs along the tokens of a packed latent; and how many they are."""
+    """The lists of blocks, whether they take turns and are chained, which inputs are lists; and how many tokens the image has."""
     if hasattr(model, "down_blocks") and hasattr(model, "up_blocks"):
         raise Unclear("a UNet, whose stages are not guessed")
     lists = _lists(model)
@@ -413,8 +428,8 @@ def _structure(model: nn.Module, inputs: dict[str, Any], latent: str) -> tuple[d
     value = inputs[latent]
     noise = torch.Generator().manual_seed(0)
     moved = [x + torch.randn(x.shape, generator=noise).to(x) for x in (value if isinstance(value, list) else [value])]
-    base, other = (_watch(model, inputs | change, kept) for change in
-                   ({}, {latent: moved if isinstance(value, list) else moved[0]}))
+    base = _watch(model, inputs, kept)
+    other = _watch(model, inputs | {latent: moved if isinstance(value, list) else moved[0]}, set(base.queries))
     attending = {path: next(part for part in blocks[0].children() if part in base.queries) for path, blocks in lists.items()
                  if any(part in base.queries for part in blocks[0].children())}
     if not attending:
@@ -442,20 +457,20 @@ def _structure(model: nn.Module, inputs: dict[str, Any], latent: str) -> tuple[d
     turns = len(rows) > 1 and owner == list(range(len(rows))) * (len(ran) // len(rows))
     if not turns and owner != sorted(owner):
         raise Unclear("the lists of blocks run in an order that is neither one by one nor in turns")
-    packed = torch.is_tensor(value) and value.ndim == 3
-    cut = {name: each.shape.index(tokens) - each.ndim for name, each in inputs.items() if name != latent and packed
-           and torch.is_tensor(each) and tokens in each.shape}
-    listed = tuple(name for name, each in inputs.items() if isinstance(each, list) and _tensors(each))
-    return {"lists": tuple(rows), "interleaved": turns, "cut": cut, "listed": listed,
-            "chained": _chained(ran, base)}, tokens
+    listed = tuple(name for name, each in inputs.items() if isinstance(each, list) and len(_tensors(each)) == len(value)) \
+        if isinstance(value, list) else ()
+    return {"lists": tuple(rows), "interleaved": turns, "listed": listed, "chained": _chained(ran, base)}, tokens
 
 
 def _chained(ran: list[nn.Module], seen: _Seen) -> bool:
-    """Whether each block was given, as its first argument, something that the one before it gave."""
-    def same(x: Tensor, y: Tensor) -> bool:
-        return x.shape == y.shape and torch.equal(x, y)
-    return all(any(same(x, y) for y in _tensors(seen.first[a][1])) for a, b in zip(ran, ran[1:], strict=False)
-               if (x := _first_tensor(seen.first[b][0])) is not None)
+    """Whether each block was given, as its first argument, something that the one before it gave, or all of it in a row."""
+    def gave(block: nn.Module) -> list[Tensor]:
+        out = _tensors(seen.first[block][1])
+        return [*out, torch.cat(out, 1), torch.cat(out[::-1], 1)] if len(out) > 1 else out
+
+    given = {block: _first_tensor(seen.first[block][0]) for block in ran}
+    return all(any(x.shape == y.shape and torch.equal(x, y) for y in gave(before))
+               for before, block in zip(ran, ran[1:], strict=False) if (x := given[block]) is not None)
 
 
 def _latent(steps: list[_Step], scaled: bool) -> tuple[str, bool]:
@@ -502,19 +517,24 @@ def _tells(value: Any, clock: Callable[..., float], step: _Step, train: int) -> 
 def _guidance(step: _Step, latent: str) -> tuple[bool, bool | None, str]:
     """Whether guidance doubles the batch; whether its first half is the conditional one, None where that is not shown."""
     inputs, out = step.calls[0]
-    x = inputs[latent]
-    times, calls = len(x) // len(step.sample), len(step.calls)
+    x = torch.stack(inputs[latent]) if isinstance(inputs[latent], list) else inputs[latent]
+    samples, calls = len(step.sample), len(step.calls)
+    if len(x) == samples and samples % 2 == 0 and torch.equal(*x.chunk(2)):           # the sample is doubled itself
+        samples //= 2
+    times = len(x) // samples
     if times == 1:
         return False, False, f"{calls} call{'s' * (calls > 1)} a step, each of one branch"
     if times != 2 or len(out) % 2:
         return True, None, f"a batch of {times} times the samples"
-    a, b = (half.flatten(1).double() for half in out[:, :step.output.shape[1]].chunk(2))
+    channels = step.output.shape[1] if out.ndim == step.output.ndim else out.shape[1]     # a model may learn the variance
+    a, b = (half.flatten(1).double() for half in out[:, :channels].chunk(2))
     for sign in (1, -1):
-        made = sign * step.output.reshape(len(step.output), -1).double()
+        made = sign * step.output[:samples].flatten(1).double()
         if made.shape == a.shape:
             scale = float(((made - a) * (b - a)).sum() / (b - a).square().sum())
             if float((a + scale * (b - a) - made).norm()) < 1e-3 * float(made.norm()) and not 0 <= scale <= 1:
-                return True, scale < 0, f"one call a step with both branches, the conditional one {'first' if scale < 0 else 'last'}"
+                place = "first" if scale < 0 else "last"
+                return True, scale < 0, f"one call a step with both branches, the conditional one {place}"
     return True, None, "one call a step with both branches, in an order that its output does not show: guide by more than 1"
 
 
@@ -581,9 +601,9 @@ def study(pipe: Any, run: Run, name: str = "guessed", say: Callable[[str], None]
         facts, tokens = _structure(first, inputs, latent)
     except Unclear as reason:
         return Guess(kind, reason=str(reason))
-    # samples of one batch may be padded or packed together, which nothing here shows
+    # whether the samples of a batch depend on each other, padded or packed together, is not shown
     row = Family(name, (kind,), grid=Unknown(), latent=latent, time=time, clock=clock, batched=batched,
-                 cond_first=bool(cond_first), plain=plain, by_sample=not batched, **facts)
+                 cond_first=bool(cond_first), plain=plain, by_sample=False, **facts)
     proofs = {"clock": (True, f"{time} is {clock.__name__}, {latent} is {'' if plain else 'not '}the scheduler's sample"),
               "guidance": (cond_first is not None, guidance)}
     plain_outputs = [out for step in steps for _, out in step.calls]
@@ -640,13 +660,11 @@ def _find_grid(row: Family, model: nn.Module, inputs: dict[str, Any], tokens: in
 
 
 def _permutation(row: Family, pipe: Any, models: list[nn.Module], run: Run, plain: list[Tensor]) -> tuple[bool, str]:
+    if plain[0].dtype != torch.float32:
+        return False, f"rounding in {plain[0].dtype} would hide a wrong axis: let the model run in float32"
     outputs: list[Tensor] = []
-
-    def seen(module, args, out):
-        out = out if torch.is_tensor(out) else out[0]
-        outputs.append(torch.stack(list(out)) if isinstance(out, (list, tuple)) else out)
-
-    with _known(row), _hooked([model.register_forward_hook(seen) for model in models]):
+    watching = [model.register_forward_hook(lambda module, args, out: outputs.append(_output(out))) for model in models]
+    with _known(row), _hooked(watching):
         try:
             with permuted(pipe):
                 run()
