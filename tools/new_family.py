@@ -1,6 +1,6 @@
 """Starts a new model family: two steps of a pipeline are watched, and its row and test are written if they prove it.
 
-    python tools/new_family.py --name wan --pipe /path/of/a/pipeline --prompt "a cat" --arguments '{"height": 256, "width": 384}'
+    python tools/new_family.py --name wan --pipe path/of/pipeline --prompt "a cat" --arguments '{"height": 256, "width": 384}'
     python tools/new_family.py --name wan --pipe my_module:make
 
 `my_module:make` is a function that returns (pipeline, arguments of its call), found as `import` finds it, from here or by its

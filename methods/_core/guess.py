@@ -330,7 +330,7 @@ def _first_tensor(given: dict[str, Any]) -> Tensor | None:
 
 
 def _along(given: dict[str, Any], lengths: set[int]) -> dict[str, Axis]:
-    """Arguments with an axis of one of these lengths -> the axis. The last of a table that is no mask holds channels."""
+    """Arguments with an axis of one of these lengths -> the axis. The last of a table of numbers holds channels."""
     def axis(name: str, x: Any) -> Axis | None:
         if isinstance(x, (tuple, list)):
             found = {axis(name, each) for each in x} - {None}
@@ -338,7 +338,8 @@ def _along(given: dict[str, Any], lengths: set[int]) -> dict[str, Axis]:
         if not torch.is_tensor(x):
             return None
         mask = "mask" in name
-        axes = [i for i in range(x.ndim if mask else x.ndim - 1) if x.shape[i] in lengths and x.shape[i] > 1]
+        places = mask or x.dtype in (torch.int32, torch.int64)
+        axes = [i for i in range(x.ndim if places else x.ndim - 1) if x.shape[i] in lengths and x.shape[i] > 1]
         if not mask:
             return axes[0] if axes else None
         axes = [i - x.ndim for i in axes if i or x.ndim == 1]                      # the first axis is the batch
@@ -420,7 +421,7 @@ def _blocks(path: str, block: nn.Module, seen: _Seen, tokens: int, text_first: b
 
 
 def _structure(model: nn.Module, inputs: dict[str, Any], latent: str) -> tuple[dict[str, Any], int]:
-    """The lists of blocks, whether they take turns and are chained, which inputs are lists; and how many tokens the image has."""
+    """(the lists of blocks, whether they take turns and are chained, which inputs are lists; how many tokens the image has)"""
     if hasattr(model, "down_blocks") and hasattr(model, "up_blocks"):
         raise Unclear("a UNet, whose stages are not guessed")
     lists = _lists(model)
