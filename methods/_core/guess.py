@@ -146,7 +146,7 @@ def entering(denoiser: Denoiser, block: Block, inputs: dict[str, Any]) -> Tensor
 
 
 def misplaced(denoiser: Denoiser, inputs: dict[str, Any]) -> str:
-    """Which of three corners of the latent does not move its token of the first block, and what moves; "" if none.
+    """Which of three corners of the latent does not move its token of the first block, and what moves; "" if all do.
 
     Where the model mixes the image's tokens before its first block, all that moves must be theirs.
     """
@@ -157,6 +157,8 @@ def misplaced(denoiser: Denoiser, inputs: dict[str, Any]) -> str:
     tokens = frames * height * width
     base = entering(denoiser, block, inputs)
     start = block.start(base.shape[1], tokens) if block.stream == "fused" else 0
+    if start < 0 or (block.stream != "fused" and tokens + block.behind != base.shape[1]):
+        return f"{tokens} tokens cannot be the image's among {base.shape[1]}"
     sample, patch = denoiser.sample(inputs), grid.patch(denoiser.model)
     for row, column in ((0, 0), (0, width - 1), (height - 1, width - 1)):
         moved = sample.clone()
