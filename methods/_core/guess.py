@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from methods._core.context import experts, split_target
+from methods._core.context import Rows, experts, split_target
 from methods._core.denoiser import Block, Denoiser, describe
 from methods._core.families import Axis, Blocks, Family, clocks, families, find
 from methods._core.families.grids import Grid, Listed, Marked, Named, Packed, Shapes, Unknown
@@ -487,7 +487,7 @@ def _latent(steps: list[_Step], scaled: bool) -> tuple[str, bool]:
                 return False
             sample = sample.reshape(len(sample), *x.shape[1:])
         own = x[(slice(len(sample)), *(slice(n) for n in sample.shape[1:]))]
-        return own.shape == sample.shape and torch.allclose(own.float(), sample.float(), rtol=1e-4, atol=1e-4)
+        return own.shape == sample.shape and torch.allclose(own.float(), sample.to(x).float(), rtol=1e-4, atol=1e-4)
 
     inputs = steps[0].calls[0][0]
     for name in inputs:
@@ -541,6 +541,20 @@ def _guidance(step: _Step, latent: str) -> tuple[bool, bool | None, str]:
     return True, None, "one call a step with both branches, in an order that its output does not show: guide by more than 1"
 
 
+def _by_sample(model: nn.Module, inputs: dict[str, Any], out: Tensor) -> bool:
+    """Whether each half of a batch gives alone what it gives in it."""
+    halves = Rows(("null", "cond"), len(out) // 2)
+    for part in halves.parts:
+        try:
+            alone = _output(model(**_own({name: halves.take(value, part) for name, value in inputs.items()})))
+        except Exception:                                          # an input that is not laid out by samples
+            return False
+        there = halves.take(out, part)
+        if alone.shape != there.shape or float((alone - there).norm() / there.norm()) > CLOSE:
+            return False
+    return True
+
+
 def _grids(inputs: dict[str, Any], latent: str) -> list[Grid]:
     x = inputs[latent]
     if isinstance(x, list):
@@ -578,8 +592,9 @@ def _known(row: Family) -> Iterator[None]:
 def study(pipe: Any, run: Run, name: str = "guessed", say: Callable[[str], None] = lambda words: None) -> Guess:
     """Describe the denoiser of `pipe` from `run()`, which samples two steps with it, and prove what was found.
 
-    `run` is called four times and must do the same each time: it seeds its generator. Guidance must be on, if there is any. A
-    step forward is told to `say`. Nothing is left on the pipeline or in the table of families.
+    `run` is called three times, or four where there are several denoisers, and must do the same each time: it seeds its
+    generator. Guidance must be on, if there is any. What is being done is told to `say`. Nothing is left on the pipeline or in
+    the table of families.
 
     Raises:
         TypeError: `pipe` is no pipeline with a denoiser.
@@ -604,9 +619,11 @@ def study(pipe: Any, run: Run, name: str = "guessed", say: Callable[[str], None]
         facts, tokens = _structure(first, inputs, latent)
     except Unclear as reason:
         return Guess(kind, reason=str(reason))
-    # whether the samples of a batch depend on each other, padded or packed together, is not shown
+    # calls of one sample, or lists of one length, do not show whether others would be padded or packed together
+    apart = batched and not facts["listed"] and _by_sample(first, *steps[0].calls[0])
+    guidance += ", each of which gives the same alone" if apart else "; whether samples depend on each other is not shown"
     row = Family(name, (kind,), grid=Unknown(), latent=latent, time=time, clock=clock, batched=batched,
-                 cond_first=bool(cond_first), plain=plain, by_sample=False, **facts)
+                 cond_first=bool(cond_first), plain=plain, by_sample=apart, **facts)
     proofs = {"clock": (True, f"{time} is {clock.__name__}, {latent} is {'' if plain else 'not '}the scheduler's sample"),
               "guidance": (cond_first is not None, guidance)}
     plain_outputs = [out for step in steps for _, out in step.calls]
