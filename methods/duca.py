@@ -10,7 +10,7 @@ at all and hand the last hidden state to the final layer, under the timestep at 
 Map
     cycle              full, conservative and aggressive steps               kinds
     conservative step  renew the chosen tokens                               methods.toca.Layers
-    aggressive step    hidden state behind the last block, given again       methods._core.cache.Reuse, Passed
+    aggressive step    hidden state behind the last block, given again       methods._core.cache.Passed
     score              by attention, as ToCa                                 methods._core.attention.with_mass
     V-caching          tokens of small values first                          small_values
     random choice      equal in both halves of guidance                      drawn
