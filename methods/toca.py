@@ -8,7 +8,7 @@ and the most important one of every small cell of the image. Their rows replace 
 
 Map
     score s1       influence: column sums of the self-attention map      methods._core.attention.with_mass
-    score s2       control: entropy of the cross-attention               entropy
+    score s2       control: entropy of the cross-attention               methods._core.attention.entropy
     score s3       staleness: steps since a token was renewed            select
     score s4       spatial spread: a bonus for the best of each cell     spread
     score S        the sum of the scores, and the top k of it            select

@@ -118,7 +118,8 @@ def test_every_generated_page_is_in_the_navigation_or_named_in_the_configuration
             listed.add(item)
         else:
             stack += item.values() if isinstance(item, dict) else item
-    top = {"index.md", "models.md", "stacking.md", "surroundings.md", "measured.md", "zoo.md", "corrections.md", "download.md", *below}
+    top = {"index.md", "models.md", "stacking.md", "surroundings.md", "measured.md", "zoo.md", "corrections.md", "download.md",
+           *below}
     assert {name for name in pages(site) if name.endswith(".md")} == listed | top
 
 
