@@ -244,6 +244,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
                 layers.append((block, _Tokens(editor, part is block.attn)))
                 patch.around(part, layers[-1][1].around, Claim.TOKENS)
     given = None if config.mask is None else torch.as_tensor(config.mask, dtype=torch.bool)
+    patch.claim([patch.model], Claim.SKIP)                          # every step must be called by itself
     totals: dict[int, Tensor] = {}
     seen: list[int] = []
 

@@ -36,6 +36,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -189,7 +190,8 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         if context.i == context.call == 0:
             words.begin(context)
         due = noise.value is None or context.i in full_steps(context.steps, config.partial)
-        if not due and all(reader.map.value is not None for reader in readers):
+        places = prod(denoiser.grid(context.inputs, readers[0].block))          # another method may have asked for a few rows
+        if not due and all(each.map.value is not None and each.map.value.shape[1] == places for each in readers):
             read(context)
         due = due or masks.value is None or not crop.place(context, masks.value.any(0), config.margin)
         if due or crop.area > config.largest:
