@@ -24,9 +24,9 @@ from typing import Any
 
 import pytest
 import torch
-from contracts.patch import claims
+from contracts.patch import claims, refusals
 from contracts.training import batch, bits, same
-from families import FAMILIES, FIRST, Family
+from families import FAMILIES, Family
 from torch import Tensor, nn
 
 from accel_tools.measure.macs import count_macs
@@ -73,23 +73,13 @@ def plain(family: str) -> Tensor:
 @cache
 def served(method: ModuleType) -> dict[str, str | None]:
     """Of each of the first families the words in which it is refused, None where its model is compressed."""
-    found: dict[str, str | None] = {}
-    for name in FIRST:
-        try:
-            Case(method, FAMILIES[name]).pipe()
-            found[name] = None
-        except (TypeError, ValueError) as refusal:
-            found[name] = str(refusal)
-    return found
+    return refusals(lambda family: Case(method, family).pipe())
 
 
 def cases(method: ModuleType) -> list[tuple]:
     """Every check on every family whose model the method compresses, and the refusal of the others."""
-    refusals = served(method)
-    if all(refusals.values()):
-        raise LookupError(f"{method.__name__} compresses the model of no family: {refusals}")
     checks = [check for check in CHECKS if check is not it_costs_less or "macs" in claims(method)]
-    return [(check, Case(method, FAMILIES[name])) for name, refusal in refusals.items()
+    return [(check, Case(method, FAMILIES[name])) for name, refusal in served(method).items()
             for check in ([others_are_refused_in_words] if refusal else checks)]
 
 

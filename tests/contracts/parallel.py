@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contracts.patch import engaging
-from families import FAMILIES, FIRST, Family
+from contracts.patch import engaging, refusals
+from families import FAMILIES, Family
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -71,21 +71,11 @@ def settings(family: Family) -> list[dict[str, Any]]:
 def served(method: ModuleType) -> dict[str, str | None]:
     """Of each of the first families the words in which it is refused, None where it is not. One process refuses what several
     would."""
-    found: dict[str, str | None] = {}
-    for name in FIRST:
-        try:
-            method.apply(FAMILIES[name].pipe(), None, engaging(method)).remove()
-            found[name] = None
-        except (TypeError, ValueError) as refusal:
-            found[name] = str(refusal)
-    return found
+    return refusals(lambda family: method.apply(family.pipe(), None, engaging(method)).remove())
 
 
 def cases(method: ModuleType) -> list[tuple]:
-    refusals = served(method)
-    if all(refusals.values()):
-        raise LookupError(f"{method.__name__} serves no family: {refusals}")
-    found = [Case(method, FAMILIES[name]) for name, refusal in refusals.items() if refusal is None]
+    found = [Case(method, FAMILIES[name]) for name, refusal in served(method).items() if refusal is None]
     return [(check, case) for check in CHECKS for case in found] + [
         (a_worker_that_dies_ends_the_others_with_one_clear_error, found[0])]
 

@@ -190,6 +190,24 @@ def cases(method: ModuleType, config: Any) -> list[tuple]:
     return [(check, case) for check in checks for case in found]
 
 
+def refusals(put: Callable[[Family], Any]) -> dict[str, str | None]:
+    """Of each of the first families the words in which `put` refuses it, None where it does not.
+
+    Raises:
+        LookupError: it refuses all of them.
+    """
+    found: dict[str, str | None] = {}
+    for family in (FAMILIES[name] for name in FIRST):
+        try:
+            put(family)
+            found[family.name] = None
+        except (TypeError, ValueError) as refusal:
+            found[family.name] = str(refusal)
+    if all(found.values()):
+        raise LookupError(f"no family is served: {found}")
+    return found
+
+
 def name(value: Any) -> str:
     return value.__name__ if callable(value) else str(value)
 

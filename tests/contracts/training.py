@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, FIRST, Family
+from contracts.patch import refusals
+from families import FAMILIES, Family
 from torch import Tensor, nn
 
 from accel_tools.measure.macs import count_macs
@@ -89,25 +90,13 @@ def batch(family: str) -> tuple[Tensor, dict[str, Any], Noising]:
 
 @cache
 def served(method: ModuleType) -> dict[str, str | None]:
-    """Of each family the words in which it is refused, None where its model is converted."""
-    found: dict[str, str | None] = {}
-    for name in FIRST:
-        family = FAMILIES[name]
-        pipe = family.pipe()
-        try:
-            method.convert(getattr(pipe, "unet", None) or pipe.transformer, method.TINY)
-            found[name] = None
-        except (TypeError, ValueError) as refusal:
-            found[name] = str(refusal)
-    return found
+    """Of each of the first families the words in which it is refused, None where its model is converted."""
+    return refusals(lambda family: method.convert(family.model(family.pipe()), method.TINY))
 
 
 def cases(method: ModuleType) -> list[tuple]:
     """Every check on every family the method converts, and the refusal of the others."""
-    refusals = served(method)
-    if all(refusals.values()):
-        raise LookupError(f"{method.__name__} converts the model of no family: {refusals}")
-    return [(check, Case(method, FAMILIES[name])) for name, refusal in refusals.items()
+    return [(check, Case(method, FAMILIES[name])) for name, refusal in served(method).items()
             for check in ([others_are_refused_in_words] if refusal else CHECKS)]
 
 
