@@ -41,7 +41,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from methods._core.attention import at_product
 from methods._core.context import StepContext
 from methods._core.denoiser import check_whole
 from methods._core.patch import Patch, per_denoiser
@@ -191,8 +193,8 @@ class _Editor:
 class _Tokens:
     """An attention or the MLP of a block. The host sets `index`, the masked tokens (k,) of each edit; None: all of all."""
 
-    def __init__(self, editor: _Editor, attends_itself: bool):
-        self.editor, self.attends_itself = editor, attends_itself
+    def __init__(self, editor: _Editor, module: nn.Module, attends_itself: bool):
+        self.editor, self.module, self.attends_itself = editor, module, attends_itself
         self.index: list[Tensor] | None = None
 
     def around(self, forward, x: Tensor, *args, **kwargs):
@@ -200,17 +202,24 @@ class _Tokens:
             return forward(x, *args, **kwargs)
 
         def cut(rows: list[int]) -> dict[str, Any]:
-            return {name: value[rows] if torch.is_tensor(value) and value.ndim > 1 and len(value) == len(x) else value
-                    for name, value in kwargs.items()}
+            return tree_map(lambda each: each[rows] if torch.is_tensor(each) and each.shape[:1] == x.shape[:1] else each, kwargs)
 
         base, r, made = forward(x[self.editor.original], *args, **cut(self.editor.original)), self.editor.config.merge, []
         for (rows, _), index in zip(self.editor.edits, self.index, strict=True):
-            mine, more = x[rows], cut(rows)
-            if self.attends_itself:
-                more["encoder_hidden_states"] = mine
-            new, old = forward(mine[:, index], *args, **more), base[:, index]
+            new, old = self.of(index, forward, x[rows], *args, **cut(rows)), base[:, index]
             made.append(base.index_copy(1, index, r * new + (1 - r) * old))
         return self.editor.put(base, made)
+
+    def of(self, index: Tensor, forward, x: Tensor, *args, **kwargs) -> Tensor:
+        """The output for the tokens of `index` alone."""
+        if not self.attends_itself:
+            return forward(x[:, index], *args, **kwargs)
+        if not getattr(self.module, "fused_projections", False):
+            return forward(x[:, index], *args, **kwargs | {"encoder_hidden_states": x})
+
+        def asked(product, q: Tensor, k: Tensor, v: Tensor, **more) -> Tensor:
+            return product(q[:, :, index], k, v, **more)
+        return at_product(asked)(forward, x, *args, **kwargs)
 
 
 @per_denoiser
@@ -241,7 +250,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     for block in patch.denoiser.blocks:
         for part in (block.attn, block.cross, block.ff):
             if part is not None:
-                layers.append((block, _Tokens(editor, part is block.attn)))
+                layers.append((block, _Tokens(editor, part, part is block.attn)))
                 patch.around(part, layers[-1][1].around, Claim.TOKENS)
     given = None if config.mask is None else torch.as_tensor(config.mask, dtype=torch.bool)
     patch.claim([patch.model], Claim.SKIP)                          # every step must be called by itself
@@ -273,7 +282,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         editor.original = [part * n for part in parts]
         editor.edits = [([part * n + j for part in parts], mask) for j, mask in enumerate(now or (), start=1)]
         for block, layer in layers:
-            size = context.denoiser.grid(context.inputs, block)[1:]
+            size = context.grid(block)[1:]
             few = now is None or math.prod(size) < config.token_size
             layer.index = None if few else [pooled(mask, size).flatten().nonzero()[:, 0] for mask in now]
             for index in layer.index or ():

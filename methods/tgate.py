@@ -94,6 +94,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     patch = Patch(target, "tgate")
     if config.gate is None:
         return patch
+    patch.require_unperturbed()
     modules = patch.require((block.cross for block in patch.denoiser.blocks if block.cross is not None), "cross-attention")
     reuses = [Reuse(patch.slot) for _ in modules]
     for module, reuse in zip(modules, reuses, strict=True):

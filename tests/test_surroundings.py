@@ -22,27 +22,29 @@ SHARE = 0.05           # of what moving the companion's input does to the plain 
 
 
 @cache
-def plain(name: str) -> tuple[Any, list[torch.Tensor]]:
+def plain(name: str, **setting) -> tuple[Any, list[torch.Tensor]]:
     """A pipeline in that situation, on which patches are put and taken off again, and its two runs without any."""
     situation = situations()[name]
     pipe = situation.make()
-    return pipe, [situation.seeded(pipe, moved) for moved in (0, 1)]
+    return pipe, [situation.seeded(pipe, moved, **setting) for moved in (0, 1)]
 
 
 def tried(method: ModuleType, situation: Situation, change: dict[str, Any]) -> dict[str, Any]:
     """Right is: it engages, the result is finite, a second run equals the first, the companion still has its effect, and the
     method comes off without a trace. Else it is refused, or says why it leaves nothing out."""
-    pipe, (first, moved) = plain(situation.name)
+    setting = contract.several(method)
+    pipe, (first, moved) = plain(situation.name, **setting)
     effect = float((moved - first).norm())
     assert effect > 0
     try:
         with method.apply(pipe, replace(contract.engaging(method), **change)) as patch:
-            found = [situation.seeded(pipe, each) for each in (0, 1, 0)]
+            found = [situation.seeded(pipe, each, **setting) for each in (0, 1, 0)]
             report = patch.report()
     except ValueError as refusal:
+        assert contract.slug(method) in str(refusal), "an error, not a refusal"
         return {"works": False, "reason": str(refusal)}
     finally:
-        assert torch.equal(situation.seeded(pipe, 0), first)
+        assert torch.equal(situation.seeded(pipe, 0, **setting), first)
     assert all(x.isfinite().all() for x in found) and torch.equal(found[0], found[2])
     assert float((found[1] - found[0]).norm()) > SHARE * effect, "the companion has lost its effect"
     if report["state"] == "no gain":

@@ -136,7 +136,7 @@ def test_a_norm_with_its_own_statistics_is_the_norm():
 def test_the_merge_rate():
     editor = cesdi._Editor(Config(merge=0.9))
     editor.original, editor.edits = [0], [([1], torch.ones(1, 2, dtype=torch.bool))]
-    layer = cesdi._Tokens(editor, False)
+    layer = cesdi._Tokens(editor, torch.nn.Identity(), False)
     layer.index = [torch.tensor([1])]
     out = layer.around(lambda x: x, torch.tensor([[[1.0], [1.0]], [[5.0], [2.0]]]))
     assert out.flatten().tolist() == pytest.approx([1, 1, 1, 1.9])
@@ -236,6 +236,7 @@ def by_hand(pipe, mask, config, dense):
     return pipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [Config(mask=BOX, dense=0.4, conv_size=64, token_size=64),
                                     Config(mask=BOX, dense=0.0, conv_size=1, token_size=200, merge=0.7),
                                     Config(mask=BOX, dense=0.2, conv_size=200, token_size=1, merge=1.0)])
@@ -290,6 +291,7 @@ def test_guidance_in_two_calls_gives_the_same():
     torch.testing.assert_close(*outs, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_smaller_mask_costs_less():
     costs = []
     for side in (0, 4, 8, 16):

@@ -22,11 +22,11 @@ class Situation:
     name: str
     family: str
     make: Callable[[], Any]
-    run: Callable[[Any, int], torch.Tensor]
+    run: Callable[..., torch.Tensor]
 
-    def seeded(self, pipe: Any, moved: int) -> torch.Tensor:
+    def seeded(self, pipe: Any, moved: int, **setting: Any) -> torch.Tensor:
         torch.manual_seed(0)                                          # some pipelines draw the latent of a picture from it
-        return self.run(pipe, moved)
+        return self.run(pipe, moved, **setting)
 
 
 def situations() -> dict[str, Situation]:

@@ -16,5 +16,5 @@ def make() -> FluxControlNetPipeline:
     return pipe
 
 
-SITUATION = Situation("ControlNet on FLUX", "flux", make, lambda pipe, moved: FAMILIES["flux"].run(
-    pipe, steps=6, control_image=picture(moved)))
+SITUATION = Situation("ControlNet on FLUX", "flux", make, lambda pipe, moved, **more: FAMILIES["flux"].run(
+    pipe, steps=6, **more, control_image=picture(moved)))

@@ -15,5 +15,5 @@ def make() -> StableDiffusion3ControlNetPipeline:
     return pipe
 
 
-SITUATION = Situation("ControlNet on SD3", "sd3", make, lambda pipe, moved: FAMILIES["sd3"].run(
-    pipe, steps=6, control_image=picture(moved)))
+SITUATION = Situation("ControlNet on SD3", "sd3", make, lambda pipe, moved, **more: FAMILIES["sd3"].run(
+    pipe, steps=6, **more, control_image=picture(moved)))

@@ -16,5 +16,5 @@ def make() -> StableDiffusionControlNetPipeline:
     return pipe
 
 
-SITUATION = Situation("ControlNet on a UNet", "unet", make, lambda pipe, moved: FAMILIES["unet"].run(
-    pipe, steps=6, image=picture(moved), height=32, width=32))
+SITUATION = Situation("ControlNet on a UNet", "unet", make, lambda pipe, moved, **more: FAMILIES["unet"].run(
+    pipe, steps=6, **more, image=picture(moved), height=32, width=32))

@@ -9,5 +9,5 @@ def make():
     return pipe
 
 
-SITUATION = Situation("Fused projections", "unet", make, lambda pipe, moved: FAMILIES["unet"].run(
-    pipe, steps=6, guidance=3.0 + moved))
+SITUATION = Situation("Fused projections", "unet", make, lambda pipe, moved, **more: FAMILIES["unet"].run(
+    pipe, steps=6, **more, guidance=3.0 + moved))

@@ -33,5 +33,5 @@ def image(seed: int) -> torch.Tensor:
     return torch.cat([torch.zeros_like(seen), seen])
 
 
-SITUATION = Situation("IP-Adapter", "unet", make, lambda pipe, moved: FAMILIES["unet"].run(
-    pipe, steps=6, ip_adapter_image_embeds=[image(moved)]))
+SITUATION = Situation("IP-Adapter", "unet", make, lambda pipe, moved, **more: FAMILIES["unet"].run(
+    pipe, steps=6, **more, ip_adapter_image_embeds=[image(moved)]))

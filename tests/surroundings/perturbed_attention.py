@@ -11,5 +11,5 @@ def make() -> StableDiffusionPAGPipeline:
     return pipe
 
 
-SITUATION = Situation("Perturbed attention guidance", "unet", make, lambda pipe, moved: FAMILIES["unet"].run(
-    pipe, steps=6, pag_scale=1.0 + 2 * moved))
+SITUATION = Situation("Perturbed attention guidance", "unet", make, lambda pipe, moved, **more: FAMILIES["unet"].run(
+    pipe, steps=6, **more, pag_scale=1.0 + 2 * moved))

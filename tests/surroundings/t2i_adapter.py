@@ -15,5 +15,5 @@ def make() -> StableDiffusionAdapterPipeline:
     return pipe
 
 
-SITUATION = Situation("T2I-Adapter", "unet", make, lambda pipe, moved: FAMILIES["unet"].run(
-    pipe, steps=6, image=picture(moved), height=32, width=32))
+SITUATION = Situation("T2I-Adapter", "unet", make, lambda pipe, moved, **more: FAMILIES["unet"].run(
+    pipe, steps=6, **more, image=[picture(moved)] * more.get("batch", 1), height=32, width=32))
