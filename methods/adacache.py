@@ -154,7 +154,7 @@ class _Monitor:
 
     def by_frame(self, r: Tensor, context: StepContext) -> Tensor:
         """(B, F, ...) of a residual in which frames lie in the batch, along the tokens, or are the tokens."""
-        frames, *_ = context.denoiser.grid(context.inputs, self.block)
+        frames, *_ = context.grid(self.block)
         batch = len(context.sample)
         return r if self.block.temporal else r.reshape(batch, max(frames, len(r) // batch), -1, r.shape[-1])
 

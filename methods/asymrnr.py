@@ -217,7 +217,7 @@ def measure(pipe: Any, run: Callable[[], Any], config: Config = Config()) -> Tie
         step["i"] = context.i
         for number, block in enumerate(blocks):
             random = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
-            parts = cells(patch.denoiser.grid(context.inputs, block), config.stride, random)
+            parts = cells(context.grid(block), config.stride, random)
             split[number] = tuple(part.to(context.sample.device) for part in parts)
 
     patch.each_call(draw)
@@ -252,7 +252,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
 
     def decide(context: StepContext) -> None:
         for number, attention in enumerate(attentions):
-            grid = patch.denoiser.grid(context.inputs, attention.block)
+            grid = context.grid(attention.block)
             attention.tokens = math.prod(grid)
             for name, matched in (("q", attention.q), ("v", attention.v)):
                 if context.i % config.window == 0:

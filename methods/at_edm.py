@@ -192,7 +192,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         early = context.i < int(round(config.early * context.steps, 9))         # 0.7 * 90 is a little less than 63
         for pruner in pruners:
             first = pruner.transformer.blocks[0]
-            tokens = prod(patch.denoiser.grid(context.inputs, first))
+            tokens = prod(context.grid(first))
             pruner.kept = None if early and pruner.transformer.late else tokens - int(config.ratio * tokens)
             pruner.shared = config.shared and context.guided
             if patch.reaches(first.module):

@@ -288,7 +288,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         check_whole(blocks)
         index = None
         if all(each.slot.value is not None for each in rows):
-            index = choice.select(context, *denoiser.grid(context.inputs, blocks[0])[1:])
+            index = choice.select(context, *context.grid(blocks[0])[1:])
         for each in rows:
             each.index = index
         patch.counts["full" if index is None else "pruned"] += 1

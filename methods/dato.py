@@ -158,7 +158,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
              if any(block.module is part for module in deep for part in module.modules())]
 
     def count(context: StepContext, left_out: Sequence[Block]) -> None:
-        tokens = sum(prod(patch.denoiser.grid(context.inputs, block)) for block in left_out)
+        tokens = sum(prod(context.grid(block)) for block in left_out)
         patch.tally(tokens, tokens)
 
     def skip_step(context: StepContext) -> Rewrite | None:

@@ -125,7 +125,7 @@ class _Layer:
             word = "full"
         if word.endswith("guidance") and sorted(context.rows.parts) != ["cond", "null"]:
             word = "full" if word == "guidance" else "window"
-        self.tokens = math.prod(context.denoiser.grid(context.inputs, self.block))
+        self.tokens = math.prod(context.grid(self.block))
         self.window = max(1, round(self.share * self.tokens))
         self.reuse.reuse = word == "share"
         self.half = context.rows.parts.index("cond") if word.endswith("guidance") else None

@@ -42,7 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from methods._core.cache import Reuse, Slot, self_attentions
+from methods._core.cache import Reuse, Slot
 from methods._core.context import Rewrite, StepContext, given
 from methods._core.patch import Patch, per_denoiser
 from methods._core.site import Claim
@@ -158,7 +158,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     if config.interval == config.attention_interval == 1:
         return patch
     patch.require_pipeline()
-    modules: list[nn.Module] = [module for block in patch.denoiser.blocks for module in self_attentions(block)]
+    modules: list[nn.Module] = [module for block in patch.denoiser.blocks for module in block.self_attentions]
     reuses = [_Extrapolated(patch.slot) for _ in modules]
     delta, first_call = patch.slot(), patch.slot()        # of both bands; what the first of two calls of a step gave
     for module, reuse in zip(modules, reuses, strict=True) if config.attention_interval > 1 else ():
@@ -167,7 +167,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
 
     def planes(x: Tensor, context: StepContext) -> Tensor:
         """An output with its image in the last two axes."""
-        return x if x.ndim > 3 else x.mT.unflatten(2, context.denoiser.grid(context.inputs, context.denoiser.blocks[0]))
+        return x if x.ndim > 3 else x.mT.unflatten(2, context.grid(context.denoiser.blocks[0]))
 
     def unconditional(cond: Tensor, context: StepContext) -> Tensor:
         kept = tuple(band * factor for band, factor in zip(delta.get(), factors(context.i, context.steps, config), strict=True))

@@ -175,7 +175,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
 
     def read(context: StepContext) -> None:
         """The mask (B, height, width) of the full step before, from the maps it left."""
-        grid = denoiser.grid(context.inputs, readers[0].block)[1:]
+        grid = context.grid(readers[0].block)[1:]
         maps = torch.stack([reader.map.value for reader in readers]).mean(0).mT.unflatten(2, grid)
         for reader in readers:
             reader.map.value = None
@@ -190,7 +190,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         if context.i == context.call == 0:
             words.begin(context)
         due = noise.value is None or context.i in full_steps(context.steps, config.partial)
-        places = prod(denoiser.grid(context.inputs, readers[0].block))          # another method may have asked for a few rows
+        places = prod(context.grid(readers[0].block))          # another method may have asked for a few rows
         if not due and all(each.map.value is not None and each.map.value.shape[1] == places for each in readers):
             read(context)
         due = due or masks.value is None or not crop.place(context, masks.value.any(0), config.margin)

@@ -181,7 +181,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         if context.i >= int(round((1 - config.gamma) * context.steps, 9)):
             return None
         x, axis = context.sample, denoiser.row.grid.frames
-        wholes[:] = [denoiser.grid(context.inputs, merge.block) for merge in merges]
+        wholes[:] = [context.grid(merge.block) for merge in merges]
         height, width = x.shape[-2:] if x.ndim > 3 else wholes[0][1:]
         inside = foreground(config, 1 if axis is None else x.shape[axis], height, width)
         if not crop.place(context, inside.any(0)):
@@ -202,7 +202,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         cropped = "crop" in context.branch
         patch.counts["frames"] += not cropped
         for number, merge in enumerate(merges):
-            grid, merge.cut = denoiser.grid(context.inputs, merge.block), None
+            grid, merge.cut = context.grid(merge.block), None
             if config.ratio and min(grid[1:]) >= config.stride:                           # else no cell fits
                 fore = foreground(config, *(wholes[number] if cropped else grid))
                 merge.cut = _partition(grid, crop.window(fore) if cropped else fore, config, context.sample.device)

@@ -41,7 +41,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from methods._core.cache import Reuse, self_attentions
+from methods._core.cache import Reuse
 from methods._core.context import StepContext
 from methods._core.denoiser import Block
 from methods._core.patch import Patch, per_denoiser
@@ -78,7 +78,7 @@ OFF = Config(spatial=1, temporal=1, cross=1)
 
 def ranges(block: Block, config: Config) -> Iterator[tuple[nn.Module, int]]:
     """Pyramid: the attentions of a block, each with its range n."""
-    for module in self_attentions(block):
+    for module in block.self_attentions:
         yield module, config.temporal if block.temporal else config.spatial
     if block.cross is not None:
         yield block.cross, config.cross

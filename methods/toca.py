@@ -266,7 +266,7 @@ class Layers:
         ratio = fresh_ratio(self.schedule, config.fresh, context.i, context.steps, branch.depth, branch.branch.name)
         index = torch.empty(batch, 0, dtype=torch.long, device=stale.device)
         if k := math.floor(ratio * tokens):
-            frames, height, width = context.denoiser.grid(context.inputs, branch.block)
+            frames, height, width = context.grid(branch.block)
             cells = (height, width, self.cell, self.bonus) if self.bonus and frames == 1 and tokens == height * width else None
             index = of_any_length(select(branch.importance(tokens), stale, k, config.interval, config.staleness, cells))
         branch.stale.value = (stale + 1).scatter(1, index, 0.0)

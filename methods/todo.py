@@ -129,7 +129,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     def choose(context: StepContext) -> None:
         grids: dict = {}
         for layer in layers:
-            key = *patch.denoiser.grid(context.inputs, layer.block), factors[layer.block.level]
+            key = *context.grid(layer.block), factors[layer.block.level]
             if key not in grids:
                 grids[key] = subgrid(*key, config.method).to(context.sample.device)
             layer.index, layer.tokens = grids[key], prod(key[:3])

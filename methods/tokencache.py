@@ -270,7 +270,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
     @torch.no_grad()
     def decide(context: StepContext) -> None:
         check_whole(blocks)
-        grid = context.denoiser.grid(context.inputs, blocks[0])
+        grid = context.grid(blocks[0])
         if context.i == 0 and not full:
             importance = [float(predictor(t, grid).sum()) for t in context.times] if config.version == 2 else ()
             full.update(full_steps(context.steps, config, importance))

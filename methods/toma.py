@@ -273,7 +273,7 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         active = context.i % config.every == 0
         for share, members in zip(shares, merges, strict=True):
             reached = [merge for merge in members if patch.reaches(merge.block.attn)]
-            frames, height, width = denoiser.grid(context.inputs, share.blocks[0])
+            frames, height, width = context.grid(share.blocks[0])
             places = regions(frames, height, width, config.region, config.side)
             tokens = places.numel()
             share.k = max(1, (tokens - int(tokens * config.ratio)) // len(places))

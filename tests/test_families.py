@@ -47,7 +47,7 @@ def watched(pipe, act):
         def see(module, args, kwargs, denoiser=denoiser, signature=signature):
             inputs = dict(signature.bind(module, *args, **kwargs).arguments)
             del inputs["self"]
-            denoiser.note(inputs)
+            denoiser.note(denoiser.behind(inputs))
             act(denoiser, inputs)
         handles.append(model.register_forward_pre_hook(see, with_kwargs=True))
     try:
@@ -95,6 +95,7 @@ def test_a_changed_place_of_the_latent_moves_its_token(family):
     assert misplaced(*calls[0]) == ""
 
 
+@pytest.mark.slow
 @ALL
 def test_the_models_time_and_latent_are_the_schedulers(family, monkeypatch):
     pipe, seen, stepped = family.pipe(), [], []

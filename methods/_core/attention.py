@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from accel_kernels.attention_mass import attention_mass
+from methods._core.denoiser import Block
 
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
@@ -72,7 +72,7 @@ def unmasked(attn_mask: Tensor | None) -> None:
         raise ValueError("only attention without a mask can be computed on fewer tokens, and this one has a mask")
 
 
-def of_mask(block: Any, mask: Tensor | None, tokens: int, owner: Tensor, dim: int) -> Tensor | None:
+def of_mask(block: Block, mask: Tensor | None, tokens: int, owner: Tensor, dim: int) -> Tensor | None:
     """The part of a mask (B, H, queries, keys), or one that broadcasts to it, that goes with fewer image tokens.
 
     `owner` (B, H or 1, rows) are the places among `tokens` of the image that stay, along the queries (dim -2) or keys (-1).

@@ -275,11 +275,6 @@ def chains(blocks: Iterable[Block]) -> list[list[Block]]:
     return [list(chain) for _, chain in itertools.groupby(blocks, key=streams)]
 
 
-def self_attentions(block: Block) -> list[nn.Module]:
-    """The self-attentions of a block: one, or in some blocks of SD3 a second one over the image alone."""
-    return [block.attn, *(branch.module for branch in block.branches if branch.name == "attn2")]
-
-
 class Rows:
     """Around a layer over tokens: all of them, or the rows of `index` (B, k) written into its last output.
 

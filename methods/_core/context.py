@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from methods._core.denoiser import Denoiser
+from methods._core.denoiser import Block, Denoiser
 from methods._core.site import Claim, attach, detach
 
 DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer", "prior", "decoder")
@@ -88,6 +88,21 @@ class StepContext:
     def sample(self) -> Tensor:
         """The latent, the model's first input."""
         return self.denoiser.sample(self.inputs)
+
+    @functools.cached_property
+    def size(self) -> tuple[int, int, int]:
+        """(frames, height, width) of the image's tokens at full resolution. Reading it from packed tokens waits for the
+        device."""
+        return self.denoiser.size(self.inputs)
+
+    @functools.cached_property
+    def behind(self) -> int:
+        """How many tokens follow the image's own in a packed latent."""
+        return self.denoiser.behind(self.inputs)
+
+    def grid(self, block: Block) -> tuple[int, int, int]:
+        """(frames, height, width) of a block's image tokens."""
+        return self.denoiser.at(self.size, block)
 
     @property
     def guided(self) -> bool:
@@ -201,8 +216,7 @@ class Caller(NamedTuple):
 
 def find_caller(model: nn.Module) -> Caller | None:
     """The nearest caller that is a pipeline over `model`."""
-    return next((caller for caller in _callers()
-                 if any(_plain(getattr(caller.pipe, name, None)) is model for name in DENOISERS)), None)
+    return next((caller for caller in _callers() if _holds(caller.pipe, model)), None)
 
 
 def within(pipe: Any) -> bool:
@@ -220,6 +234,11 @@ def _callers() -> Iterator[Caller]:
             if hasattr(pipe, "scheduler"):
                 yield Caller(pipe, known)
         frame = frame.f_back
+
+
+def _holds(pipe: Any, model: nn.Module) -> bool:
+    """Whether the model is one of the pipeline's denoisers, compiled or not."""
+    return any(_plain(getattr(pipe, name)) is model for name in _names(pipe))
 
 
 def _plain(model: Any) -> Any:
@@ -281,15 +300,16 @@ class Watch:
             run.end_step(self)
         self.taken += 1
         solver = self._solver()
-        if not called and (solver or self._replaced()):
+        if self._replaced() or solver and not called:
             raise RuntimeError("the pipeline's denoiser was replaced under a patch, which then does nothing: remove the patch, "
                                "and apply it again")
         return solver.step(call, *args, **kwargs) if solver else call(*args, **kwargs)
 
     def _replaced(self) -> bool:
-        """Whether one of the pipelines that are patched steps, though none of their models was called."""
-        patched = {id(patch.pipe) for run in self.runs for patch in run.patches if patch.pipe is not None}
-        return any(id(pipe) in patched for pipe, _ in _callers())
+        """Whether a pipeline steps in which a model that was patched for it no longer stands."""
+        stepping = {id(pipe) for pipe, _ in _callers()}
+        return any(id(patch.pipe) in stepping and not _holds(patch.pipe, patch.model)
+                   for run in self.runs for patch in run.patches)
 
     def _solver(self) -> Any:
         return next((patch.solver for run in self.runs for patch in run.patches if patch.solver is not None), None)

@@ -44,7 +44,7 @@ class Crop:
 
         -> whether there is a box smaller than the frame
         """
-        frames, rows, columns = self.denoiser.grid(context.inputs, self.denoiser.blocks[0])
+        frames, rows, columns = context.grid(self.denoiser.blocks[0])
         self.box, self.size = None, tuple(inside.shape)
         step = self.denoiser.multiple
         if not inside.any():

@@ -79,6 +79,11 @@ class Block:
         return self.row.text is not None and self.row.text_first
 
     @property
+    def self_attentions(self) -> list[nn.Module]:
+        """`attn`, and in some blocks of SD3 a second one over the image alone."""
+        return [self.attn, *(branch.module for branch in self.branches if branch.name == "attn2")]
+
+    @property
     def temporal(self) -> bool:
         return self.row.temporal
 
@@ -265,7 +270,15 @@ class Denoiser:
 
     def grid(self, inputs: dict[str, Any], block: Block) -> tuple[int, int, int]:
         """(frames, height, width) of the block's image tokens, for these inputs."""
-        frames, height, width = self.row.grid(self.model, inputs, self.row.latent)
+        return self.at(self.size(inputs), block)
+
+    def size(self, inputs: dict[str, Any]) -> tuple[int, int, int]:
+        """(frames, height, width) of the image tokens at full resolution, for these inputs."""
+        return self.row.grid(self.model, inputs, self.row.latent)
+
+    def at(self, size: tuple[int, int, int], block: Block) -> tuple[int, int, int]:
+        """(frames, height, width) of the block's image tokens, where at full resolution they have this `size`."""
+        frames, height, width = size
         if block.temporal:
             return frames, 1, 1
         step = 2 ** block.level
@@ -287,9 +300,12 @@ class Denoiser:
         """A latent or an output as the model takes and gives it."""
         return list(x.unbind()) if self.row.latent in self.row.listed else x
 
-    def note(self, inputs: dict[str, Any]) -> None:
-        """Note for the blocks how many tokens follow the image's own in this call: references of a packed latent."""
-        behind = self.row.grid.behind(self.model, inputs, self.row.latent)
+    def behind(self, inputs: dict[str, Any]) -> int:
+        """How many tokens follow the image's own in a packed latent: references."""
+        return self.sample(inputs).shape[1] - math.prod(self.size(inputs)) if self.row.grid.packed else 0
+
+    def note(self, behind: int) -> None:
+        """Note for the blocks how many tokens follow the image's own in this call."""
         for block in self.blocks:
             block.behind = behind
 

@@ -151,7 +151,7 @@ def misplaced(denoiser: Denoiser, inputs: dict[str, Any]) -> str:
     Where the model mixes the image's tokens before its first block, all that moves must be theirs.
     """
     block = denoiser.blocks[0]
-    denoiser.note(inputs)
+    denoiser.note(denoiser.behind(inputs))
     grid = denoiser.row.grid
     frames, height, width = denoiser.grid(inputs, block)
     tokens = frames * height * width
@@ -665,7 +665,7 @@ def _find_grid(row: Family, model: nn.Module, inputs: dict[str, Any], tokens: in
             denoiser = describe(model)
             try:
                 sides = denoiser.grid(inputs, denoiser.blocks[0])
-                if (count := math.prod(sides) + grid.behind(model, inputs, row.latent)) != tokens:
+                if (count := math.prod(sides) + denoiser.behind(inputs)) != tokens:
                     said = f"{source(grid)} has {count} tokens, and {tokens} move with the latent"
                     continue
                 wrong = misplaced(denoiser, inputs)

@@ -310,7 +310,7 @@ class Patch:
             slot.select(context.branch, stale)
 
     def decide(self, context: StepContext) -> None:
-        self.denoiser.note(context.inputs)
+        self.denoiser.note(context.behind)
         for function in self._before:
             function(context)
 

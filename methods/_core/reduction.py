@@ -64,7 +64,7 @@ def reduce_all(patch: Patch, layers: Sequence[Reduction], prepare: Callable) -> 
         ready = prepare(context)
         for layer in layers:
             if patch.reaches(layer.block.attn):
-                grid = patch.denoiser.grid(context.inputs, layer.block)
+                grid = context.grid(layer.block)
                 layer.tokens = prod(grid)
                 patch.tally(ready(layer, grid), layer.tokens)
 

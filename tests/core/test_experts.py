@@ -98,3 +98,11 @@ def test_another_second_argument_is_named_before_anything_is_done(wrong):
         tome.apply(pipe, wrong)
     with tome.apply(pipe):
         pass
+
+
+def test_an_expert_that_is_replaced_under_a_patch_is_noticed():
+    pipe = WAN.pipe()
+    with tome.apply(pipe):
+        pipe.transformer_2 = WAN.pipe().transformer_2
+        with pytest.raises(RuntimeError, match="was replaced under a patch"):
+            WAN.run(pipe, steps=STEPS)

@@ -174,6 +174,7 @@ def test_what_is_left_from_the_gate_on_is_the_null_prompt():
     assert not torch.equal(null, cond) and torch.equal(added[2], null) and torch.equal(added[3], null)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CROSSED)
 def test_cost(name):
     """Half of everything from the gate on, and of that half all but cross-attention: (2 m + T - m) X - (T - m) Y."""

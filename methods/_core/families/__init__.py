@@ -2,7 +2,7 @@
 
 A row says where a class of diffusers keeps its blocks and how each calls its attention, by names. Classes are named by
 strings, so that a release of diffusers without one of them still imports. What a row says is proved on a running pipeline by
-`tests/families`; a class that would need an exception beyond the flags of `Blocks` has no row, and `UNSUPPORTED` says why.
+`tests/test_families.py`; a class that would need an exception beyond the flags of `Blocks` has no row.
 """
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """How a latent becomes a grid of tokens: frames, rows and columns, from the inputs of the model's forward."""
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -20,6 +19,7 @@ class Grid:
     frames: int | None = None
     height: int = -2
     per_frame: bool = False           # frames are samples to the spatial blocks
+    packed: ClassVar[bool] = False    # (B, N, C), in which references may follow the image's own tokens
 
     def patch(self, model: nn.Module) -> Size:
         """Places that make one token: frames, rows, columns."""
@@ -34,30 +34,24 @@ class Grid:
         sides = frames, shape[self.height], shape[self.height + 1]
         return tuple(n // p for n, p in zip(sides, self.patch(model), strict=True))
 
-    def behind(self, model: nn.Module, inputs: dict[str, Any], latent: str) -> int:
-        """Tokens of the latent that follow those of the grid: references."""
-        return 0
-
 
 @dataclass(frozen=True)
 class Places(Grid):
-    """A UNet: every place is a token at full resolution."""
+    """Every place of the latent is a token: at full resolution of a UNet, or packed."""
 
     def patch(self, model: nn.Module) -> Size:
         return 1, 1, 1
 
 
 @dataclass(frozen=True)
-class Packed(Grid):
+class Packed(Places):
     """A latent (B, N, C) of packed tokens whose `ids` (N, 3 or 4), or (B, N, 3), name frame, row and column of each.
 
     Tokens that follow with another frame than the first are references (Kontext, editing).
     """
 
     ids: str = "img_ids"
-
-    def patch(self, model: nn.Module) -> Size:
-        return 1, 1, 1
+    packed = True
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any], latent: str) -> Size:
         ids = inputs[self.ids]
@@ -66,38 +60,27 @@ class Packed(Grid):
         height, width = (int(axis.max() - axis.min()) + 1 for axis in ids[:, 1:3].unbind(-1))
         return len(ids) // (height * width), height, width
 
-    def behind(self, model: nn.Module, inputs: dict[str, Any], latent: str) -> int:
-        return inputs[latent].shape[1] - math.prod(self(model, inputs, latent))
-
 
 @dataclass(frozen=True)
-class Named(Grid):
+class Named(Places):
     """A packed latent whose sides are inputs of their own."""
 
     names: tuple[str, str, str] = ("num_frames", "height", "width")
-
-    def patch(self, model: nn.Module) -> Size:
-        return 1, 1, 1
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any], latent: str) -> Size:
         return tuple(inputs[name] for name in self.names)
 
 
 @dataclass(frozen=True)
-class Shapes(Grid):
+class Shapes(Places):
     """A packed latent whose sides are the first item of an input with the shapes of all images of each sample."""
 
     name: str = "img_shapes"
-
-    def patch(self, model: nn.Module) -> Size:
-        return 1, 1, 1
+    packed = True
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any], latent: str) -> Size:
         first = inputs[self.name][0]
         return tuple(first[0] if isinstance(first[0], (tuple, list)) else first)
-
-    def behind(self, model: nn.Module, inputs: dict[str, Any], latent: str) -> int:
-        return inputs[latent].shape[1] - math.prod(self(model, inputs, latent))
 
 
 @dataclass(frozen=True)
@@ -114,11 +97,8 @@ class Listed(Grid):
 
 
 @dataclass(frozen=True)
-class Marked(Grid):
+class Marked(Places):
     """One sequence of words and image, in which `indicator` marks the kind of each token and `position_ids` its place."""
-
-    def patch(self, model: nn.Module) -> Size:
-        return 1, 1, 1
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any], latent: str) -> Size:
         marks = inputs["indicator"][0]

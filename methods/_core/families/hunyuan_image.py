@@ -1,12 +1,6 @@
-from methods._core.families import Blocks, Family
+from methods._core.families import Family
 from methods._core.families.grids import Grid
+from methods._core.families.hunyuan_video import LISTS
 
-ALONG = {"image_rotary_emb": 0, "attention_mask": (-2, -1)}
-BOTH = ("image", "text")
-
-FAMILY = Family("hunyuan-image", ("HunyuanImageTransformer2DModel",), (
-    Blocks("transformer_blocks", "attn", cross=None, ff_text="ff_context", text="apart", text_first=False, along=ALONG,
-           returns=BOTH),
-    Blocks("single_transformer_blocks", "attn", "norm", None, None, total=("proj_out", "attn", "proj_mlp"), text="apart",
-           text_first=False, along=ALONG, returns=BOTH)),
-    Grid(), tail="norm_out", head="proj_out", batched=False)
+FAMILY = Family("hunyuan-image", ("HunyuanImageTransformer2DModel",), LISTS, Grid(), tail="norm_out", head="proj_out",
+                batched=False)
