@@ -31,6 +31,7 @@ def test_worked_example(impl):
     torch.testing.assert_close(out, torch.stack([torch.tensor(6.5), 5 + 3 * share + 5]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 5e-6), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)))
 @pytest.mark.parametrize("tokens, agents, width", ((63, 5, 20), (150, 40, 72), (1, 1, 8)))

@@ -101,6 +101,7 @@ def test_steps_of_a_flow():
     assert pipe.scheduler.sigmas.tolist() == pytest.approx([1.0, 0.5, 0.1, 0.0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dit", "sd3", "flux", "latte", "unet"])
 def test_what_is_left_out_does_not_run(name):
     family, plan = FAMILIES[name], ((900, (0, 1, 2)), (500, ()), (100, (1, 4)))

@@ -7,7 +7,6 @@ from contracts import patch as contract
 from families import FAMILIES, Family
 
 from methods import fastercache
-from methods._core.cache import self_attentions
 from methods._core.denoiser import describe
 from methods.fastercache import Config
 
@@ -141,12 +140,13 @@ def by_hand(pipe, config, steps):
         return out
 
     for block in describe(model).blocks:
-        for module in self_attentions(block):
+        for module in block.self_attentions:
             module.forward = attention(module.forward)
     model.forward = run
     return pipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unet", "sdxl", "pixart", "sd3", "latte", "cogvideox"])
 @pytest.mark.parametrize("config, steps", [(Config(weight=(0.1, 0.9)), 13), (LATTE, 11), (Config(interval=3, start=0.4), 10)])
 def test_whole_runs_equal_a_program_by_hand(name, config, steps):

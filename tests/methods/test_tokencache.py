@@ -286,6 +286,7 @@ class Hard(torch.nn.Module):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 def test_trained_scores_choose_better_than_random_ones(name):
     """By the error they were trained for, on digits drawn now: most of the change of a step is in the tokens they choose."""

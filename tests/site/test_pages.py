@@ -149,6 +149,7 @@ def test_real_catalogue_is_read_and_rendered_in_twenty_seconds():
     assert {f"methods/{slug}.md" for slug in site.catalog.entries} <= made.keys()
 
 
+@pytest.mark.slow
 def test_map_departures_and_example_of_every_implemented_method_are_found():
     for slug, module in read().methods.items():
         assert module.map and module.sections.get("Idea"), slug
