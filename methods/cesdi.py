@@ -202,7 +202,7 @@ class _Tokens:
             return forward(x, *args, **kwargs)
 
         def cut(rows: list[int]) -> dict[str, Any]:
-            return tree_map(lambda each: each[rows] if torch.is_tensor(each) and each.shape[:1] == x.shape[:1] else each, kwargs)
+            return tree_map(lambda a: a[rows] if torch.is_tensor(a) and a.shape[:1] == x.shape[:1] else a, kwargs)
 
         base, r, made = forward(x[self.editor.original], *args, **cut(self.editor.original)), self.editor.config.merge, []
         for (rows, _), index in zip(self.editor.edits, self.index, strict=True):
@@ -216,10 +216,8 @@ class _Tokens:
             return forward(x[:, index], *args, **kwargs)
         if not getattr(self.module, "fused_projections", False):
             return forward(x[:, index], *args, **kwargs | {"encoder_hidden_states": x})
-
-        def asked(product, q: Tensor, k: Tensor, v: Tensor, **more) -> Tensor:
-            return product(q[:, :, index], k, v, **more)
-        return at_product(asked)(forward, x, *args, **kwargs)
+        asked = at_product(lambda product, q, k, v, **more: product(q[:, :, index], k, v, **more))
+        return asked(forward, x, *args, **kwargs)
 
 
 @per_denoiser
