@@ -10,6 +10,7 @@ and writes `methods/_trained/<name>.safetensors` and its card. The module of the
 
     TRAINED = {"dydit-50": Config(target=0.5)}           # what is trained: names of files, and the Config of each
     def training(pipe, config) -> Iterator[Stage]        # yields methods._core.learning.Stage, one after the other
+    RIVALS = {"dydit-50": {"fixed share": Config(...)}}  # what it is held against, trained alike but not shipped (optional)
     def metrics(model, images, labels) -> dict           # of `build(config)` with the weights, on held-out digits; a method
                                                          # with `convert` needs none: its samples are judged beside plain ones
 
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.method:
         for name in [args.name] if args.name else known:
             made = trained.train_method(args.method, name, args.seed, args.scale, command)
-            made["metrics"] = trained.metrics(args.method, name, args.images)
+            made["metrics"] = trained.metrics(args.method, name, args.images, args.seed, args.scale)
             trained.write(made)
             print(made["metrics"])
         return 0

@@ -25,6 +25,7 @@ def short(monkeypatch, tmp_path):
     monkeypatch.setattr("methods._trained.FOLDER", tmp_path)
     monkeypatch.setattr(trained, "CHECKPOINTS", tmp_path / "checkpoints")
     monkeypatch.setattr(dydit, "TRAINED", {"tiny": dydit.TINY})
+    monkeypatch.setattr(dydit, "RIVALS", {"tiny": {"fixed share": dataclasses.replace(dydit.TINY, seed=1)}}, raising=False)
     monkeypatch.setitem(TASKS, "dit", dataclasses.replace(TASKS["dit"], steps=2))
     whole = dydit.training
     monkeypatch.setattr(dydit, "training", lambda pipe, config: [
@@ -33,7 +34,7 @@ def short(monkeypatch, tmp_path):
 
 
 def test_weights_card_and_what_they_are_worth(short, capsys):
-    assert train_zoo.main(["--method", "dydit", "--images", "4"]) == 0
+    assert train_zoo.main(["--method", "dydit", "--images", "12"]) == 0
     assert "share" in capsys.readouterr().out
     card = json.loads((short / "tiny.json").read_text())
     assert card["method"] == "dydit" and card["config"]["tau"] == 5.0 and card["stages"][0]["steps"] == 4
@@ -41,7 +42,10 @@ def test_weights_card_and_what_they_are_worth(short, capsys):
     assert card["bytes"] == methods.weights("tiny").stat().st_size and card["loss"][0][-1][0] == 4
     plain, found = card["metrics"]["plain"], card["metrics"]["dydit"]
     assert found["macs_per_image"] < plain["macs_per_image"] and plain["steps"] == found["steps"] == 2
-    assert card["metrics"]["plain, fewer steps"]["steps"] == 1 and card["metrics"]["n"] == 4
+    assert card["metrics"]["plain, fewer steps"]["steps"] == 1 and card["metrics"]["n"] == 12
+    assert card["metrics"]["fixed share"]["steps"] == 2 and (short / "checkpoints/tiny-fixed-share-0.ckpt").exists()
+    low, high = plain["frechet_spread"]
+    assert low <= plain["frechet"] <= high and [path.stem for path in short.glob("*.safetensors")] == ["tiny"]
     state = load_file(methods.weights("tiny"))
     assert {tensor.dtype for tensor in state.values()} == {torch.float16} and "routers.0.heads.weight" in state
     assert all("ff.inner" in name or name.startswith("routers.") for name in state)
