@@ -49,9 +49,12 @@ def pages(site: Site) -> dict[str, str]:
         add(f"methods/{slug}.md", "method.md.j2", entry=entry, paper=entry.papers[0], code=site.methods.get(slug),
             related=views.related(catalog, entry), plots=views.plots(tables, slug),
             successors=[e for e in entries.values() if slug in e.builds_on],
-            measured=views.measurements(site, entry), study=views.study(site, slug), tested=views.tested(site, slug))
-    add("models.md", "models.md.j2", families=[views.family(site, name) for name in views.families(site)],
-        columns=len(views.FIRST))
+            measured=views.measurements(site, entry, tables), study=views.study(site, slug), tested=views.tested(site, slug),
+            glance=views.glance(site, entry, tables))
+    families = [views.family(site, name, tables) for name in views.families(site)]
+    add("models/index.md", "models.md.j2", families=families, columns=len(views.FIRST))
+    for family in families:
+        add(f"models/{family['name']}.md", "family.md.j2", family=family)
     add("stacking.md", "stacking.md.j2", stacking=views.stacking(site))
     add("surroundings.md", "surroundings.md.j2", company=views.company(site))
     add("tags/index.md", "tags.md.j2", tagged=tagged, axes=views.AXES)
@@ -66,7 +69,9 @@ def pages(site: Site) -> dict[str, str]:
     add("kernels/index.md", "kernels.md.j2", users=users)
     for name, module in site.kernels.items():
         add(f"kernels/{name}.md", "kernel.md.j2", name=name, module=module, users=users[name])
-    add("measured.md", "measured.md.j2", tables=tables)
+    add("measured/index.md", "measured.md.j2", tables=tables)
+    for table in tables:
+        add(table["path"], "measured_model.md.j2", table=table)
     add("zoo.md", "zoo.md.j2", curves={name: views.curve(card["loss"]) for name, card in site.zoo.items()})
     add("corrections.md", "corrections.md.j2", errata=errata)
     add("download.md", "download.md.j2", errata=errata, sizes={name: len(found[name].encode()) for name in found
@@ -84,6 +89,8 @@ def nav(site: Site) -> dict[str, list]:
             {getattr(catalog.vocab, axis).label: [
                 {term.label: f"tags/{axis}/{name}.md"} for name, term in getattr(catalog.vocab, axis).terms.items()
             ]} for axis in views.AXES],
+        "models/index.md": [{catalog.vocab.term("model", name).label: f"models/{name}.md"} for name in views.families(site)],
+        "measured/index.md": [{model: views.place(model)} for model in models(site.results, site.baselines)],
         "kernels/index.md": [{name: f"kernels/{name}.md"} for name in site.kernels],
     }
 
@@ -119,9 +126,11 @@ def _render(site: Site, path: str, template: str, **context) -> str:
     return _env.get_template(template).render({**known, **context})
 
 
-_env = environment("site", md=md, code=code, prose=prose, fence=fence, link=link, json=partial(json.dumps, ensure_ascii=False))
+_env = environment("site", md=md, code=code, prose=prose, fence=fence, link=link, id=id,
+                   json=partial(json.dumps, ensure_ascii=False))
 _env.globals |= {"AXES": views.AXES, "TAG_AXES": TAG_AXES, "SOURCE": SOURCE, "terms": views.terms,
-                 "with_parents": views.with_parents, "number": number, "distinct": views.distinct, "listed": _listed}
+                 "with_parents": views.with_parents, "number": number, "distinct": views.distinct, "listed": _listed,
+                 "faster": views.faster}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -103,7 +103,7 @@ def test_without_results_compatibility_code_and_kernels(tmp_path):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
     made = pages(read(tmp_path))
-    assert "Not tested yet" in made["models.md"]
+    assert "Not tested yet" in made["models/index.md"]
     assert "Measured here" not in made["methods/alpha.md"]
     assert "There is no kernel yet" in made["kernels/index.md"]
 
@@ -118,8 +118,7 @@ def test_every_generated_page_is_in_the_navigation_or_named_in_the_configuration
             listed.add(item)
         else:
             stack += item.values() if isinstance(item, dict) else item
-    top = {"index.md", "models.md", "stacking.md", "surroundings.md", "measured.md", "zoo.md", "corrections.md", "download.md",
-           *below}
+    top = {"index.md", "stacking.md", "surroundings.md", "zoo.md", "corrections.md", "download.md", *below}
     assert {name for name in pages(site) if name.endswith(".md")} == listed | top
 
 

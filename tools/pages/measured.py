@@ -31,6 +31,11 @@ class Run:
                 for key, value in self.config.items()}
 
     @property
+    def short(self) -> bool:
+        """Whether the config can be written down in a line."""
+        return self.settings == dict(self.config)
+
+    @property
     def label(self) -> str:
         settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
         return f"{self.name}, {settings}" if settings else self.name

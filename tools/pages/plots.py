@@ -4,6 +4,7 @@
 
 The same numbers give the same bytes. Text stays text and takes the colour of the page around it, as lines and axes do, so a
 plot set into a page reads on light and on dark. Every axis begins at zero, but for the logarithmic one of Frechet distances.
+Methods that lose to fewer steps are drawn pale and say their name where one points at them.
 """
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from accel_tools.pages.measured import SCORES, Measured, Run
+from accel_tools.pages.verdict import verdict
 
 INK, OURS, PEER = "#010203", "#2f86d1", "#d9762b"         # INK becomes currentColor; the others read on white and on black
 SIZE = (5.2, 3.6)                                          # of a plot, in inches of 72 points
@@ -60,7 +62,7 @@ def _pareto(axes: Axes, found: Measured, key: str, label: str) -> None:
     line = sorted(at[id(run)] for run in runs if run.kind in ("plain", "fewer"))
     axes.plot(*zip(*line, strict=True), color=INK, linewidth=1, alpha=.7)
     for run in runs:
-        _mark(axes, run, *at[id(run)])
+        _mark(axes, run, *at[id(run)], pale=_loses(found, run))
     heights = [y for _, y in at.values()]
     real = found.real.get("frechet") if key == "frechet" else None
     if key == "frechet":                                           # a ruined image is a hundred times as far as a good one
@@ -77,7 +79,7 @@ def _pareto(axes: Axes, found: Measured, key: str, label: str) -> None:
         axes.annotate("real against real", (0, real), xytext=(3, 3), textcoords="offset points", fontsize=8.5)
     axes.set_xlabel("measured speed-up over the plain run")
     axes.set_ylabel(label)
-    _name(axes, [(*at[id(run)], run) for run in runs], list(at.values()))
+    _name(axes, [(*at[id(run)], run) for run in runs if not _loses(found, run)], list(at.values()))
 
 
 def _bound(axes: Axes, found: Measured, runs: Sequence[Run]) -> None:
@@ -87,14 +89,14 @@ def _bound(axes: Axes, found: Measured, runs: Sequence[Run]) -> None:
     axes.plot([0, far], [0, far], color=INK, linewidth=.8, linestyle=(0, (4, 3)))
     axes.annotate("all of it", (far * .93, far * .93), xytext=(-4, 4), textcoords="offset points", ha="right", fontsize=8.5)
     for run in runs:
-        _mark(axes, run, run.bound, run.arm["speedup"], upright=True)
+        _mark(axes, run, run.bound, run.arm["speedup"], upright=True, pale=_loses(found, run))
     axes.set_xlim(0, far)
     axes.set_ylim(0, far)
     if found.noise:
         axes.axhspan(*found.noise, color=INK, alpha=.12, linewidth=0)
     axes.set_xlabel("plain MACs / MACs of the run")
     axes.set_ylabel("measured speed-up")
-    _name(axes, [(run.bound, run.arm["speedup"], run) for run in runs if run.kind != "fewer"],
+    _name(axes, [(run.bound, run.arm["speedup"], run) for run in runs if run.kind != "fewer" and not _loses(found, run)],
           [(run.bound, run.arm["speedup"]) for run in runs])
 
 
@@ -117,17 +119,23 @@ def _memory(axes: Axes, runs: Sequence[Run]) -> None:
 
 # ---- how they are drawn --------------------------------------------------------------------------------------------------
 
-def _mark(axes: Axes, run: Run, x: float, y: float, upright: bool = False) -> None:
+def _loses(found: Measured, run: Run) -> bool:
+    said = verdict(found, run)
+    return said is not None and said.word == "loses"
+
+
+def _mark(axes: Axes, run: Run, x: float, y: float, upright: bool = False, pale: bool = False) -> None:
     """A point with the quartiles of its speed-up as a thin line; hollow where the code has changed since."""
-    style = MARKS[run.kind]
+    style, strength = MARKS[run.kind], .4 if pale else 1
     if spread := run.arm.get("speedup_spread"):
-        axes.plot([x, x] if upright else spread, spread if upright else [y, y], color=style["color"], linewidth=1.2, alpha=.6,
-                  gid=_group(run))
-    axes.plot([x], [y], linestyle="", fillstyle="none" if run.stale else "full", gid=_group(run), **style)
+        axes.plot([x, x] if upright else spread, spread if upright else [y, y], color=style["color"], linewidth=1.2,
+                  alpha=.6 * strength, gid=_group(run))
+    axes.plot([x], [y], linestyle="", fillstyle="none" if run.stale else "full", gid=_group(run), alpha=strength, **style)
 
 
 def _group(run: Run) -> str:
-    return f"run-{run.slug or run.kind}"
+    """What an element belongs to: the method, and its name, which a reader sees where they point at it."""
+    return f"run-{run.slug or run.kind} {_short(run)}"
 
 
 def highlighted(plot: str, slug: str) -> str:
@@ -186,7 +194,7 @@ def _svg(found: Measured, title: str, draw: Callable[[Axes], None], rows: int = 
     text = text[text.index("<svg"):].replace(INK, "currentColor")
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r"\s*<style.*?</style>", "", text, flags=re.S)         # it would hold for the whole page
-    text = re.sub(r'<g id="(run-\w+)"', r'<g class="run \1"', text)
+    text = re.sub(r'<g id="(run-\w+) ([^"]*)">', r'<g class="run \1"><title>\2</title>', text)
     text = re.sub(r'<g id="[^"]*"', "<g", text)                           # ids that every plot of a page would repeat
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
     text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',

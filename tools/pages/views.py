@@ -1,16 +1,19 @@
 """What the pages of the site say: each part of a page as plain data, from the catalogue and what stands beside it."""
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from accel_tools.catalog import Catalog
-from accel_tools.catalog.schema import TAG_AXES, Entry
+from accel_tools.catalog.schema import TAG_AXES, Entry, Reported, VocabTerm
 from accel_tools.pages.markdown_text import number
 from accel_tools.pages.measured import Run, measured
 from accel_tools.pages.plots import figures, highlighted
 from accel_tools.pages.site import Site
+from accel_tools.pages.verdict import Verdict, verdict
 
 AXES = (*TAG_AXES, "model", "kind")                       # axes that have a page for each term
 FIRST = ("unet", "sdxl", "dit", "pixart", "sd3", "flux", "latte", "cogvideox")        # columns of the table of models
@@ -123,22 +126,81 @@ def heading(text: str, otherwise: str) -> str:
     return words[-1] if words and words[-1] else otherwise.replace("-", " ").capitalize()
 
 
-def family(site: Site, name: str) -> dict:
+@dataclass(frozen=True)
+class Choice:
+    """A method on a family: the setting that makes it run there, its best run on a bundled model with what that is worth, and
+    the speed-ups its authors report for the family, or else for its relatives."""
+
+    entry: Entry
+    setting: dict[str, object]
+    run: Run | None = None
+    said: Verdict | None = None
+    model: str = ""                                        # the bundled model of `run`
+    reported: list[Reported] = field(default_factory=list)
+
+    @property
+    def apply(self) -> str:
+        """The call that puts it on a pipeline."""
+        setting, slug = ", ".join(f"{key}={value!r}" for key, value in self.setting.items()), self.entry.slug
+        return f"{slug}.apply(pipe, {slug}.Config({setting}))" if setting else f"{slug}.apply(pipe)"
+
+    @property
+    def claim(self) -> Reported | None:
+        """The highest of the reported speed-ups."""
+        return max(self.reported, key=faster, default=None)
+
+    @property
+    def worth(self) -> tuple:
+        """What one should try first comes first: by what it is worth here, then by what is reported, never by bare speed."""
+        word = ["better", "trades", None, "loses"].index(self.said.word if self.said else None)
+        return word, -faster(self.claim) if self.claim else 0, self.entry.name.casefold()
+
+
+def faster(reported: Reported) -> float:
+    """The speed-up that authors report, or that follows from their latencies; 0 where it is of something else."""
+    if reported.speedup:
+        return reported.speedup
+    timed = reported.metric.startswith("latency") and reported.before and reported.after
+    return reported.before / reported.after if timed else 0
+
+
+def family(site: Site, name: str, tables: list[dict]) -> dict:
     """What is known about the methods on one model family: tested here, refused here, or named in the paper only."""
-    broader = with_parents(site.catalog, "model", [name])
+    broader, vocab = with_parents(site.catalog, "model", [name]), site.catalog.vocab
+    near = {near: label for term, word in vocab.model.terms.items() if len(broader) > 1 and term != name
+            and set(broader[1:]) & set(with_parents(site.catalog, "model", [term])) for near, label in _known(word)}
+    own = dict(_known(vocab.term("model", name)))
+    table = next((table for table in tables if site.zoo.get(table["model"], {}).get("family") == name), None)
     runs, refuses, paper = [], [], []
     for entry in site.catalog.entries.values():
         result = tested(site, entry.slug).get(name)
         if result and result["works"]:
-            setting = ", ".join(f"{key}={value!r}" for key, value in result.get("with", {}).items())
-            runs.append((entry, _best(site, entry.slug, name), setting))
+            reported = [[each for each in entry.reported if faster(each) and each.model in words] for words in (own, near)]
+            best, said, model = _worthiest([table] if table else tables, entry.slug)
+            setting = (dict(best.config) if table and best and best.short else {}) | result.get("with", {})
+            runs.append(Choice(entry, setting, best, said, model, reported[0] or reported[1]))
         elif result:
             refuses.append((entry, result.get("reason", "")))
         elif set(broader) & set(entry.models):
             paper.append(entry)
-    runs.sort(key=lambda pair: (-pair[1].get("speedup", 0), pair[0].name.casefold()))
-    term = site.catalog.vocab.term("model", name)
-    return {"name": name, "term": term, "runs": runs, "refuses": refuses, "paper": paper}
+    runs.sort(key=lambda choice: choice.worth)
+    first = [choice for choice in runs if choice.said and choice.said.word != "loses" or choice.claim]
+    return {"name": name, "term": vocab.term("model", name), "runs": runs, "refuses": refuses, "paper": paper, "table": table,
+            "own": own, "first": first[:3]}
+
+
+def _known(term: VocabTerm) -> list[tuple[str, str]]:
+    """The names under which papers speak of a family, each with its label."""
+    return [(name, term.label) for name in (term.label, *term.aliases)]
+
+
+def _worthiest(tables: list[dict], slug: str) -> tuple[Run | None, Verdict | None, str]:
+    """Of the runs of a method, one that fewer steps do not beat if there is such a one, then the fastest. -> run, verdict,
+    model"""
+    runs = [(run, table["said"][id(run)], table["model"]) for table in tables for run, _ in table["runs"] if run.slug == slug]
+    order = {"better": 0, "trades": 1, "loses": 2}
+    return min(runs, key=lambda each: (order[each[1].word] if each[1] else 3, -each[0].arm.get("speedup", 0)),
+               default=(None, None, ""))
 
 
 def tested(site: Site, slug: str) -> dict[str, dict]:
@@ -185,22 +247,23 @@ def company(site: Site) -> dict:
     return {"situations": situations, "rows": rows, "reasons": reasons}
 
 
-def _best(site: Site, slug: str, model: str) -> dict:
-    """The fastest measured run of a method on a model: the numbers of its arm, or nothing."""
-    arms = [record["arms"].get("method", {}) for record in site.results.get(slug, {}).get("records", [])
-            if record.get("model") == model]
-    return max(arms, key=lambda arm: arm.get("speedup", 0), default={})
-
-
 def table(site: Site, model: str) -> dict:
     """All measurements of one model: its plots by name, and the columns and rows of its table."""
     names = {slug: entry.name for slug, entry in site.catalog.entries.items()}
     found = measured(model, site.results, site.baselines.get(model), names, site.hashes)
     keys = [key for key in METRICS if key != "latency_s" and not key.endswith("_spread")
             and any(_cell(run, key) is not None for run in found.runs)]
-    return {"model": model, "found": found, "plots": figures(found), "runs": [
-        (run, [number(_cell(run, key), METRICS[key][1]) for key in keys]) for run in found.runs],
-        "columns": [METRICS[key][0] for key in keys]}
+    said = {id(run): verdict(found, run) for run in found.runs}
+    return {"model": model, "path": place(model), "found": found,
+            "plots": figures(found), "said": said,
+            "words": Counter(said[id(run)].word for run in found.of("method") if said[id(run)]),
+            "runs": [(run, [number(_cell(run, key), METRICS[key][1]) for key in keys]) for run in found.runs],
+            "columns": [METRICS[key][0] for key in keys]}
+
+
+def place(model: str) -> str:
+    """The page of what was measured on a model."""
+    return f"measured/{re.sub('[^a-z0-9]+', '-', model.lower()).strip('-')}.md"
 
 
 def _cell(run: Run, key: str) -> object:
@@ -213,8 +276,10 @@ def plots(tables: list[dict], slug: str) -> dict[str, list[str]]:
             for table in tables if any(run.slug == slug for run in table["found"].runs)}
 
 
-def measurements(site: Site, entry: Entry) -> list[dict]:
+def measurements(site: Site, entry: Entry, tables: list[dict]) -> list[dict]:
     """Our measurements of one method: a table a record."""
+    runs = {(table["model"], _key(run.config)): table["said"][id(run)] for table in tables for run, _ in table["runs"]
+            if run.slug == entry.slug}
     found = []
     for record in site.results.get(entry.slug, {}).get("records", []):
         arms = record.get("arms", {})
@@ -223,9 +288,12 @@ def measurements(site: Site, entry: Entry) -> list[dict]:
         keys = [key for key in METRICS if any(key in arm for arm in arms.values())]
         keys += sorted({key for arm in arms.values() for key, value in arm.items()
                         if not isinstance(value, dict | list) and key not in METRICS})
+        model, config = record.get("model", "unknown model"), record.get("config", {})
         found.append({
-            "model": record.get("model", "unknown model"),
-            "config": ", ".join(f"{key}={value!r}" for key, value in record.get("config", {}).items()) or "defaults",
+            "model": model,
+            "config": ", ".join(f"{key}={value!r}" for key, value in config.items()) or "defaults",
+            "short": Run("method", "", {}, config).label.removeprefix(", ") or "defaults",
+            "arms": arms, "said": runs.get((model, _key(config))),
             "columns": [METRICS.get(key, (key.replace("_", " "), "plain"))[0] for key in keys],
             "rows": [(ARMS.get(arm, entry.name if arm == "method" else arm),
                       [number(values.get(key), METRICS.get(key, ("", "plain"))[1]) for key in keys])
@@ -237,6 +305,24 @@ def measurements(site: Site, entry: Entry) -> list[dict]:
             "stale": record.get("code_hash") != site.hashes.get(entry.slug),
         })
     return found
+
+
+def _key(config: Mapping[str, object]) -> str:
+    return json.dumps(config, sort_keys=True)
+
+
+def glance(site: Site, entry: Entry, tables: list[dict]) -> dict:
+    """What one wants to know first of a method: where it runs, with how many it stacks, the best that was measured and
+    reported."""
+    run, said, model = _worthiest(tables, entry.slug)
+    stacks = [each for a, row in site.pairs.items() for b, found in row.items() if entry.slug in (a, b)
+              for each in [any(verdict is True for verdict in found.values())]]
+    families = tested(site, entry.slug)
+    changed = next((result["with"] for result in families.values() if result.get("with")), {})
+    return {"run": run, "said": said, "model": model, "stacks": sum(stacks), "pairs": len(stacks),
+            "runs": sum(result["works"] for result in families.values()), "families": len(families),
+            "setting": ", ".join(f"{key}={value!r}" for key, value in changed.items()),
+            "reported": max((each for each in entry.reported if faster(each)), key=faster, default=None)}
 
 
 def study(site: Site, slug: str) -> dict | None:

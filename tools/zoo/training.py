@@ -189,13 +189,15 @@ def carry(small: nn.Module, large: nn.Module) -> None:
 class Trained:
     """What a recipe returns: the run, of which the averaged weights are kept, and what the card says of it.
 
-    `config` rebuilds the model; `batch` images a step at the end; `more` is put on the card as it is.
+    `config` rebuilds the model, of a class that the vocabulary's `family` names; `batch` images a step at the end; `more` is
+    put on the card as it is.
     """
 
     run: Run
     config: dict[str, Any]
     batch: int
     data: str
+    family: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
 
@@ -207,7 +209,8 @@ class Trained:
         save_file({key: value.contiguous().cpu() for key, value in state.items()}, weights)
         run = self.run
         write_card(name, {
-            "name": name, "space": "pixel", "config": self.config, "data": self.data,
+            "name": name, "space": "pixel", **({"family": self.family} if self.family else {}), "config": self.config,
+            "data": self.data,
             "command": f"python tools/train_zoo.py {name}", "seed": seed, "steps": run.steps, "batch": self.batch,
             "seconds": round(run.seconds), "hardware": hardware(), "torch": torch.__version__,
             "bytes": weights.stat().st_size, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),

@@ -77,6 +77,15 @@ def test_each_plot_is_sound_and_every_run_is_named(results, baseline):
     assert "3 MiB, 1 cached" in plots["memory"]
 
 
+def test_what_loses_to_fewer_steps_is_pale_and_named_where_one_points(results, baseline):
+    results["first"]["records"][0]["arms"]["method"] |= {"psnr": 10.0}
+    plot = figures(measured("dit", results, baseline, NAMES))["pareto-psnr"]
+    texts = {"".join(element.itertext()).strip() for element in ElementTree.fromstring(plot).iter("{http://www.w3.org/2000/svg}text")}
+    assert "First 0.5" not in texts and "Second 0.5" in texts and "<title>First 0.5</title>" in plot
+    mark = plot[plot.index('class="run run-first"'):]
+    assert "opacity: 0.4" in mark[:mark.index("run-second")]
+
+
 def test_one_method_can_stand_out(results, baseline):
     plot = figures(measured("dit", results, baseline, NAMES))["bound"]
     assert plot.count('class="run run-first"') == 3 and "run-second" in plot                    # its mark, its spread, its name

@@ -65,6 +65,6 @@ def train_dit(seed: int, scale: float) -> Trained:
     carry(first.averaged, model)
     run = Run(model, steps=round(4000 * scale), lr=8e-4, average=0.999, seed=seed + 1)
     train(run, v_loss(x, y, 32), CHECKPOINTS / "dit.ckpt")
-    return Trained(run.after(first), {"transformer": DIT, "scheduler": SCHEDULER}, batch=32,
+    return Trained(run.after(first), {"transformer": DIT, "scheduler": SCHEDULER}, batch=32, family="dit",
                    data=f"npm {digits.PACKAGE}: 8,000 training images, zero-padded to 32x32; first {first.steps} steps of 96 "
                         f"images at 16x16, then {run.steps} steps of 32 at 32x32")

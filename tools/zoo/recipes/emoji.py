@@ -86,7 +86,7 @@ def train_unet(seed: int, scale: float) -> Trained:
     model.load_state_dict(three.averaged.state_dict())
     run = Run(model, steps=round(800 * scale), lr=8e-4, average=0.998, seed=seed + 2)
     train(run, v_loss(ids, pictures, 16), CHECKPOINTS / "unet.ckpt")
-    return Trained(run.after(three.after(six)), {"unet": UNET, "text": UNET_TEXT, "scheduler": DDIM}, batch=16,
+    return Trained(run.after(three.after(six)), {"unet": UNET, "text": UNET_TEXT, "scheduler": DDIM}, batch=16, family="unet",
                    data=f"npm {emoji.PACKAGE}, names as prompts: {six.steps} steps of 32 at 16x16 on six groups, {three.steps} "
                         f"more on the {len(pictures)} pictures of three, then {run.steps} steps of 16 at 32x32")
 
@@ -145,6 +145,6 @@ def train_mmdit(seed: int, scale: float) -> Trained:
     carry(first.averaged, model)
     run = Run(model, steps=round(1600 * scale), lr=8e-4, average=0.999, seed=seed + 1)
     train(run, flow_loss(ids, pictures, 24), CHECKPOINTS / "mmdit.ckpt")
-    return Trained(run.after(first), {"transformer": MMDIT, "text": MMDIT_TEXT, "scheduler": FLOW}, batch=24,
+    return Trained(run.after(first), {"transformer": MMDIT, "text": MMDIT_TEXT, "scheduler": FLOW}, batch=24, family="sd3",
                    data=f"npm {emoji.PACKAGE}, names as prompts, {len(pictures)} pictures of three groups: first {first.steps} "
                         f"steps of 48 at 16x16, then {run.steps} steps of 24 at 32x32")

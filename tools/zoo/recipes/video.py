@@ -83,7 +83,7 @@ def train_video(seed: int, scale: float) -> Trained:
     model.load_state_dict(first.averaged.state_dict())
     run = Run(model, steps=round(3300 * scale), lr=1.5e-3, matrices=8e-3, average=0.998, seed=seed + 1)
     train(run, loss_on(digits.FRAMES, 3), CHECKPOINTS / "video_dit.ckpt")
-    return Trained(run.after(first), {"transformer": TRANSFORMER, "text": TEXT, "scheduler": DDIM}, batch=3,
+    return Trained(run.after(first), {"transformer": TRANSFORMER, "text": TEXT, "scheduler": DDIM}, batch=3, family="cogvideox",
                    data=f"npm {digits.PACKAGE}: {SCANS} training images of each digit, shrunk to 16x16 and moved over 8 frames "
                         f"of 32x32 by two pixels a frame; first {first.steps} steps of 16 single frames, then {run.steps} "
                         "steps of 3 clips")
