@@ -44,7 +44,8 @@ def pages(site: Site) -> dict[str, str]:
     by_date = sorted(entries.values(), key=lambda entry: (entry.since, entry.slug))
     errata = views.errata(catalog)
     add("index.md", "index.md.j2", tagged=tagged, errata=errata, quarters=views.quarters(by_date))
-    add("methods/index.md", "methods.md.j2", entries=by_date, facets=views.facets(catalog))
+    add("methods/index.md", "methods.md.j2", entries=by_date[::-1], facets=views.facets(site, tables),
+        rows={slug: views.row(site, entry, tables) for slug, entry in entries.items()})
     for slug, entry in entries.items():
         add(f"methods/{slug}.md", "method.md.j2", entry=entry, paper=entry.papers[0], code=site.methods.get(slug),
             related=views.related(catalog, entry), plots=views.plots(tables, slug),
@@ -128,7 +129,7 @@ def _render(site: Site, path: str, template: str, **context) -> str:
 
 _env = environment("site", md=md, code=code, prose=prose, fence=fence, link=link, id=id,
                    json=partial(json.dumps, ensure_ascii=False))
-_env.globals |= {"AXES": views.AXES, "TAG_AXES": TAG_AXES, "SOURCE": SOURCE, "terms": views.terms,
+_env.globals |= {"AXES": views.AXES, "TAG_AXES": TAG_AXES, "SOURCE": SOURCE, "terms": views.terms, "words": views.words,
                  "with_parents": views.with_parents, "number": number, "distinct": views.distinct, "listed": _listed,
                  "faster": views.faster}
 

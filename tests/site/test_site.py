@@ -8,7 +8,7 @@ from playwright.sync_api import expect
 
 pytestmark = pytest.mark.slow
 
-PAGES = ["/", "/methods/", "/methods/tome/", "/models/", "/corrections/", "/tags/mechanism/token-merging/"]
+PAGES = ["/", "/methods/", "/methods/tome/", "/models/", "/models/unet/", "/measured/", "/measured/dit/", "/corrections/", "/tags/mechanism/token-merging/"]
 # Findings that belong to the theme: (rule, start of the selector).
 THEME = {("aria-dialog-name", ".md-search"), ("landmark-unique", "nav")}
 
@@ -113,6 +113,42 @@ def test_table_sorts_both_ways_and_says_so(visit):
     assert rows.evaluate_all(names) == up[::-1]
     order = page.evaluate("names => names.every((n, i) => !i || names[i - 1].localeCompare(n) <= 0)", up)
     assert order
+
+
+def test_a_few_can_be_picked_compared_and_cited(visit):
+    page = visit("/methods/")
+    rows = page.locator(".finder-table tbody tr:visible")
+    page.get_by_label("Pick ToMe", exact=True).check()
+    expect(page.locator(".pick-only")).to_be_disabled()
+    page.get_by_label("Pick FORA", exact=True).check()
+    page.locator(".pick-only").click()
+    expect(rows).to_have_count(2)
+    assert "with fora.apply(pipe), tome.apply(pipe):" in page.locator(".pick-code").inner_text()
+    page.reload()
+    expect(rows).to_have_count(2)
+    page.get_by_text("BibTeX of the picked").click()
+    expect(page.locator(".pick-bibtex")).to_contain_text("Token Merging for Fast Stable Diffusion")
+    assert page.locator(".pick-bibtex").inner_text().count("@") == 2
+    page.locator(".pick-none").click()
+    assert rows.count() > 50 and "?" not in page.url
+
+
+def test_table_begins_with_the_newest_and_filters_by_verdict(visit):
+    page = visit("/methods/")
+    dates = page.locator(".finder-table tbody tr").evaluate_all("rows => rows.map(row => row.dataset.date)")
+    assert dates == sorted(dates, reverse=True)
+    page.locator("select[name=verdict]").select_option("better")
+    shown = page.locator(".finder-table tbody tr:visible").evaluate_all("rows => rows.map(row => row.dataset.verdict)")
+    assert shown and set(shown) == {"better"}
+
+
+def test_a_family_is_two_clicks_from_home(visit):
+    """With what to try first and the line that applies it."""
+    page = visit("/")
+    page.get_by_role("link", name="Which method for my model").first.click()
+    page.locator("#families ~ ul").get_by_role("link", name="Wan 2.1", exact=True).click()
+    expect(page.get_by_role("heading", name="Try first")).to_be_in_viewport()
+    assert page.locator("pre code").first.inner_text().startswith("from methods import ")
 
 
 def test_table_works_without_scripts(visit):

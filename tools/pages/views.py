@@ -13,7 +13,7 @@ from accel_tools.pages.markdown_text import number
 from accel_tools.pages.measured import Run, measured
 from accel_tools.pages.plots import figures, highlighted
 from accel_tools.pages.site import Site
-from accel_tools.pages.verdict import Verdict, verdict
+from accel_tools.pages.verdict import WORDS, Verdict, verdict
 
 AXES = (*TAG_AXES, "model", "kind")                       # axes that have a page for each term
 FIRST = ("unet", "sdxl", "dit", "pixart", "sd3", "flux", "latte", "cogvideox")        # columns of the table of models
@@ -56,6 +56,13 @@ def with_parents(catalog: Catalog, axis: str, names: Iterable[str]) -> list[str]
     return list(found)
 
 
+def words(catalog: Catalog, entry: Entry) -> str:
+    """The labels and other names of all its terms, to be found by."""
+    found = [catalog.vocab.term(axis, name) for axis in (*TAG_AXES, "model")
+             for name in with_parents(catalog, axis, terms(entry, axis))]
+    return " ".join(word for term in found for word in (term.label, *term.aliases))
+
+
 def tagged(catalog: Catalog, axis: str, term: str) -> dict[str, list[Entry]]:
     """Methods of a term, and under each narrower term those that carry it: term -> methods by date."""
     groups = {}
@@ -77,14 +84,20 @@ def quarters(entries: list[Entry]) -> dict[str, list[Entry]]:
             for n in range(min(numbers.values()), max(numbers.values()) + 1)}
 
 
-def facets(catalog: Catalog) -> dict[str, list[tuple[str, str, int]]]:
+def facets(site: Site, tables: list[dict]) -> dict[str, list[tuple[str, str, int]]]:
     """Filters of the table: axis -> (value, label, number of methods)."""
-    entries = catalog.entries.values()
+    catalog, entries = site.catalog, site.catalog.entries.values()
     found = {}
-    for axis in TAG_AXES:
+    for axis in (*TAG_AXES, "model"):
         count = Counter(name for entry in entries for name in with_parents(catalog, axis, terms(entry, axis)))
         found[axis] = [(name, term.label, count[name]) for name, term in getattr(catalog.vocab, axis).terms.items()
                        if count[name]]
+    rows = [row(site, entry, tables) for entry in entries]
+    for facet, labels in (("kind", catalog.vocab.kind.terms), ("fidelity", catalog.vocab.fidelity.terms),
+                          ("verdict", WORDS), ("list", catalog.lists)):
+        count = Counter(value for each in rows for value in each[facet].split())
+        found[facet] = [(name, getattr(term, "label", getattr(term, "title", term)), count[name])
+                        for name, term in labels.items() if count[name]]
     venues = Counter(entry.papers[0].venue for entry in entries)
     years = Counter(str(entry.papers[0].year) for entry in entries)
     states = Counter("no" if entry.pending else "yes" for entry in entries)
@@ -92,6 +105,15 @@ def facets(catalog: Catalog) -> dict[str, list[tuple[str, str, int]]]:
     found["year"] = [(name, name, years[name]) for name in sorted(years, reverse=True)]
     found["implemented"] = [(name, name, states[name]) for name in ("yes", "no") if states[name]]
     return found
+
+
+def row(site: Site, entry: Entry, tables: list[dict]) -> dict[str, str]:
+    """What the table filters a method by, besides its tags: words, several with a space between them."""
+    said = {table["said"][id(run)].word for table in tables for run, _ in table["runs"]
+            if run.slug == entry.slug and table["said"][id(run)]}
+    return {"kind": entry.kind, "fidelity": entry.fidelity.level if entry.fidelity else "",
+            "verdict": next((word for word in WORDS if word in said), ""),
+            "list": " ".join(dict.fromkeys(each.place.split("/")[0] for each in entry.rows))}
 
 
 def related(catalog: Catalog, entry: Entry, most: int = 5) -> list[Entry]:
