@@ -1,4 +1,4 @@
-"""The example of every method's docstring runs, and so does the README's."""
+"""The example of every method's docstring runs, and so does the README's, and the arithmetic of the first principles."""
 import doctest
 import importlib
 import re
@@ -24,3 +24,12 @@ def test_readme():
     assert snippets
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "catalog/principles").glob("*.md")), ids=lambda path: path.stem)
+def test_worked_numbers(path):
+    text = path.read_text()
+    snippets = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert snippets and all("assert" in snippet for snippet in snippets) and "**Do not use it**" in text
+    for snippet in snippets:
+        exec(compile(snippet, path.name, "exec"), {})

@@ -44,8 +44,8 @@ def pages(site: Site) -> dict[str, str]:
     by_date = sorted(entries.values(), key=lambda entry: (entry.since, entry.slug))
     errata = views.errata(catalog)
     add("index.md", "index.md.j2", tagged=tagged, errata=errata, quarters=views.quarters(by_date))
-    add("methods/index.md", "methods.md.j2", entries=by_date[::-1], facets=views.facets(site, tables),
-        rows={slug: views.row(site, entry, tables) for slug, entry in entries.items()})
+    rows = {slug: views.row(site, entry, tables) for slug, entry in entries.items()}
+    add("methods/index.md", "methods.md.j2", entries=by_date[::-1], facets=views.facets(catalog, rows), rows=rows)
     for slug, entry in entries.items():
         add(f"methods/{slug}.md", "method.md.j2", entry=entry, paper=entry.papers[0], code=site.methods.get(slug),
             related=views.related(catalog, entry), plots=views.plots(tables, slug),
@@ -60,7 +60,7 @@ def pages(site: Site) -> dict[str, str]:
     add("surroundings.md", "surroundings.md.j2", company=views.company(site))
     add("tags/index.md", "tags.md.j2", tagged=tagged, axes=views.AXES)
     for (axis, term), groups in tagged.items():
-        add(f"tags/{axis}/{term}.md", "tag.md.j2", axis=axis, term=term, groups=groups)
+        add(f"tags/{axis}/{term}.md", "tag.md.j2", axis=axis, term=term, groups=groups, rows=rows)
     for name, spec in catalog.lists.items():
         sections = [(views.heading(section.text, section.id), [
             (entry, row, fields(catalog, spec, entry, row)) for entry, row in catalog.rows(name, section.id)
@@ -130,8 +130,8 @@ def _render(site: Site, path: str, template: str, **context) -> str:
 _env = environment("site", md=md, code=code, prose=prose, fence=fence, link=link, id=id,
                    json=partial(json.dumps, ensure_ascii=False))
 _env.globals |= {"AXES": views.AXES, "TAG_AXES": TAG_AXES, "SOURCE": SOURCE, "terms": views.terms, "words": views.words,
-                 "with_parents": views.with_parents, "number": number, "distinct": views.distinct, "listed": _listed,
-                 "faster": views.faster}
+                 "with_parents": views.with_parents, "number": number, "distinct": views.distinct,
+                 "timeline": views.timeline, "listed": _listed, "faster": views.faster}
 
 
 def main(argv: list[str] | None = None) -> int:

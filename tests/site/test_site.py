@@ -8,7 +8,8 @@ from playwright.sync_api import expect
 
 pytestmark = pytest.mark.slow
 
-PAGES = ["/", "/methods/", "/methods/tome/", "/models/", "/models/unet/", "/measured/", "/measured/dit/", "/corrections/", "/tags/mechanism/token-merging/"]
+PAGES = ["/", "/methods/", "/methods/tome/", "/models/", "/models/unet/", "/measured/", "/measured/dit/", "/corrections/",
+         "/tags/mechanism/token-merging/"]
 # Findings that belong to the theme: (rule, start of the selector).
 THEME = {("aria-dialog-name", ".md-search"), ("landmark-unique", "nav")}
 
@@ -149,6 +150,13 @@ def test_a_family_is_two_clicks_from_home(visit):
     page.locator("#families ~ ul").get_by_role("link", name="Wan 2.1", exact=True).click()
     expect(page.get_by_role("heading", name="Try first")).to_be_in_viewport()
     assert page.locator("pre code").first.inner_text().startswith("from methods import ")
+
+
+def test_first_principles_of_a_mechanism_are_one_click_from_home(visit):
+    page = visit("/")
+    page.locator(".cloud a", has_text="Token merging").click()
+    expect(page.get_by_role("heading", name="From first principles")).to_be_in_viewport()
+    assert page.get_by_role("heading", name="In time").count() == 1
 
 
 def test_table_works_without_scripts(visit):

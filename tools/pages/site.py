@@ -20,6 +20,7 @@ class Site:
     surroundings: dict[str, dict] = field(default_factory=dict)         # slug -> situation -> {works, reason}
     pairs: dict[str, dict[str, dict]] = field(default_factory=dict)     # slug -> slug -> family -> True, or the reason why not
     plans: dict = field(default_factory=dict)                           # catalog/plans.json
+    principles: dict[str, str] = field(default_factory=dict)            # mechanism -> catalog/principles/<mechanism>.md
     methods: dict[str, ModuleSource] = field(default_factory=dict)
     kernels: dict[str, ModuleSource] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)                # slug -> hash of its code as it is now
@@ -49,6 +50,7 @@ def read(root: Path = ROOT) -> Site:
         surroundings=_json(surroundings) if surroundings.exists() else {},
         pairs=_json(pairs) if pairs.exists() else {},
         plans=_json(plans) if plans.exists() else {},
+        principles={path.stem: path.read_text(encoding="utf-8") for path in sorted((root / "catalog/principles").glob("*.md"))},
         methods={slug: parse(path.read_text(encoding="utf-8")) for slug, path in modules.items()},
         kernels={name: parse(path.read_text(encoding="utf-8")) for name, path in kernels.items()},
         hashes={slug: code.hash(slug) for slug in modules},

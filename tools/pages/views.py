@@ -73,6 +73,12 @@ def tagged(catalog: Catalog, axis: str, term: str) -> dict[str, list[Entry]]:
     return groups
 
 
+def timeline(groups: dict[str, list[Entry]]) -> list[Entry]:
+    """All methods of the groups, once each, by date."""
+    found = {entry.slug: entry for group in groups.values() for entry in group}
+    return sorted(found.values(), key=lambda entry: (entry.since, entry.slug))
+
+
 def distinct(groups: dict[str, list[Entry]]) -> int:
     return len({entry.slug for group in groups.values() for entry in group})
 
@@ -84,18 +90,17 @@ def quarters(entries: list[Entry]) -> dict[str, list[Entry]]:
             for n in range(min(numbers.values()), max(numbers.values()) + 1)}
 
 
-def facets(site: Site, tables: list[dict]) -> dict[str, list[tuple[str, str, int]]]:
-    """Filters of the table: axis -> (value, label, number of methods)."""
-    catalog, entries = site.catalog, site.catalog.entries.values()
+def facets(catalog: Catalog, rows: dict[str, dict[str, str]]) -> dict[str, list[tuple[str, str, int]]]:
+    """Filters of the table, of which each method has a `row`: axis -> (value, label, number of methods)."""
+    entries = catalog.entries.values()
     found = {}
     for axis in (*TAG_AXES, "model"):
         count = Counter(name for entry in entries for name in with_parents(catalog, axis, terms(entry, axis)))
         found[axis] = [(name, term.label, count[name]) for name, term in getattr(catalog.vocab, axis).terms.items()
                        if count[name]]
-    rows = [row(site, entry, tables) for entry in entries]
     for facet, labels in (("kind", catalog.vocab.kind.terms), ("fidelity", catalog.vocab.fidelity.terms),
                           ("verdict", WORDS), ("list", catalog.lists)):
-        count = Counter(value for each in rows for value in each[facet].split())
+        count = Counter(value for each in rows.values() for value in each[facet].split())
         found[facet] = [(name, getattr(term, "label", getattr(term, "title", term)), count[name])
                         for name, term in labels.items() if count[name]]
     venues = Counter(entry.papers[0].venue for entry in entries)
