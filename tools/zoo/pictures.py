@@ -49,13 +49,14 @@ def sheet(rows: Sequence[Image.Image]) -> Image.Image:
     return whole
 
 
-def named(rows: Mapping[str, Image.Image], margin: int = 130) -> Image.Image:
-    """The rows below each other, each with its name to the left."""
+def named(rows: Mapping[str, Image.Image], margin: int = 150) -> Image.Image:
+    """The rows below each other, each with its name, of a line or two, to the left."""
     width, height = max(each.width for each in rows.values()), sum(each.height for each in rows.values())
     whole = Image.new("RGB", (width + margin, height), "white")
     top = 0
     for name, each in rows.items():
         whole.paste(each, (margin, top))
-        ImageDraw.Draw(whole).text((8, top + each.height // 3), name, fill="black", font=ImageFont.load_default(size=18))
+        ImageDraw.Draw(whole).multiline_text((8, top + each.height // 2), name, fill="black", anchor="lm", spacing=6,
+                                             font=ImageFont.load_default(size=15))
         top += each.height
     return whole
