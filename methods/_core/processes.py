@@ -7,7 +7,36 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+
+
+class _Exchange(torch.autograd.Function):
+    """Item i of x (N, ...) goes to process i; what comes back stands in the order of the processes. So do gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group, out = group, torch.empty_like(x)
+        dist.all_to_all_single(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Exchange.apply(grad.contiguous(), ctx.group), None
+
+
+class _Copies(torch.autograd.Function):
+    """x of every process (N, ...). The gradient of one's own is the sum of what comes back for it from all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any, size: int) -> Tensor:
+        ctx.group, out = group, x.new_empty((size, *x.shape))
+        dist.all_gather(list(out.unbind()), x, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Exchange.apply(grad.contiguous(), ctx.group).sum(0), None, None
 
 
 class Processes:
@@ -46,6 +75,34 @@ class Processes:
         self.sent += mine.numel() * mine.element_size() * (self.size - 1)
         return torch.cat([each.narrow(dim, 0, length // self.size + (rank < length % self.size))
                           for rank, each in enumerate(parts)], dim)
+
+    def padded(self, x: Tensor, dim: int) -> Tensor:
+        """`x`, filled up with zeros at the end of `dim` to a length that the processes share evenly."""
+        return F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, -x.shape[dim] % self.size))
+
+    def switch(self, part: Tensor, whole: int, cut: int, length: int) -> Tensor:
+        """The dimension `cut` whole, of this `length`, and `whole` cut into even, padded parts, in place of the other way
+        round; by one all-to-all, through which gradients flow back.
+
+        Raises:
+            RuntimeError: another process ended or does not answer.
+        """
+        mine = torch.stack(self.padded(part, whole).chunk(self.size, whole))
+        with self._together():
+            theirs = _Exchange.apply(mine, self.group)
+        self.sent += mine.numel() * mine.element_size() * (self.size - 1) // self.size
+        return torch.cat(theirs.unbind(), cut).narrow(cut, 0, length)
+
+    def join(self, part: Tensor, dim: int, length: int) -> Tensor:
+        """The whole, of this `length`, from even, padded parts; gradients flow back from every process.
+
+        Raises:
+            RuntimeError: another process ended or does not answer.
+        """
+        with self._together():
+            parts = _Copies.apply(part.contiguous(), self.group, self.size)
+        self.sent += part.numel() * part.element_size() * (self.size - 1)
+        return torch.cat(parts.unbind(), dim).narrow(dim, 0, length)
 
     @contextmanager
     def _together(self) -> Iterator[None]:

@@ -54,3 +54,37 @@ def test_a_lost_process_is_one_error_with_the_methods_name(three, monkeypatch):
     assert str(caught.value) == ("a_method: process 1 of 3 waits for another one that has ended or does not answer; start all "
                                  "of them again ([pair.cc:1] Connection closed by peer)")
     assert caught.value.__cause__ is None and three[1].sent == 0
+
+
+@pytest.fixture
+def exchanging(three, monkeypatch):
+    """Three processes whose every exchange is called twice by all: first to hear what each gives, then to get it."""
+    put: list[torch.Tensor] = []
+
+    def all_to_all_single(out, mine, group=None):
+        rank, heard = len(put) % 3, put[-(len(put) % 3) - 3:]
+        put.append(mine.clone())
+        if len(put) > 3:
+            out.copy_(torch.stack([each[rank] for each in heard[:3]]))
+
+    monkeypatch.setattr(dist, "all_to_all_single", all_to_all_single)
+
+    def switched(parts, *setting):
+        put.clear()
+        for each, part in zip(three, parts, strict=True):
+            each.switch(part, *setting)
+        return [each.switch(part, *setting) for each, part in zip(three, parts, strict=True)]
+    return three, switched
+
+
+@pytest.mark.parametrize("frames, places", [(3, 6), (5, 7), (1, 4), (2, 3)])
+def test_a_switch_exchanges_which_dimension_is_cut(exchanging, frames, places):
+    (one, *_), switched = exchanging
+    x = torch.randn(frames, places, 4, generator=torch.Generator().manual_seed(0))
+    cut = one.padded(x, 1).chunk(3, 1)                              # places cut, frames whole
+    turned = switched(cut, 0, 1, places)
+    padded = one.padded(x, 0)
+    assert all(torch.equal(mine, part) for mine, part in zip(turned, padded.chunk(3, 0), strict=True))
+    assert one.sent == 2 * one.padded(padded, 1).numel() // 3 * 2 // 3 * 4          # (M / N) (N - 1) / N, called twice
+    back = switched(turned, 1, 0, frames)
+    assert all(torch.equal(mine, part) for mine, part in zip(back, cut, strict=True))
