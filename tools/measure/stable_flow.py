@@ -41,23 +41,27 @@ def vitalities(pipe: Any, samples: int = SAMPLES, steps: int = TASK.steps) -> li
 
 
 @torch.no_grad()
+def scored(pipe: Any, asked: Sequence[tuple[str, str]]) -> list[float]:
+    """Of edits drawn beside their references: share that is right, likeness to the reference, mean difference of pixels."""
+    judge, found = load_judge("emoji_judge"), []
+    for seed, pair in enumerate(asked):
+        images = draw(pipe, pair, seed)
+        a, b = judge.features(images * 2 - 1)
+        right = nearest_emoji(images[1:], pair)[0] == pair[1]
+        found.append((float(right), float(a @ b), float((images[1] - images[0]).abs().mean())))
+    return [sum(column) / len(asked) for column in zip(*found, strict=True)]
+
+
 def study(folder: Path) -> dict[str, Any]:
     """Edits with injection in no layer, in the vital ones, in the others and in all."""
-    pipe, judge, asked = TASK.load(), load_judge("emoji_judge"), pairs()
+    pipe, asked = TASK.load(), pairs()
     found = vitalities(pipe)
     vital, every = stable_flow.vital_layers(found, TAU), tuple(range(len(found)))
     rows = []
     for name, layers in (("no layer", ()), ("the vital layers", vital),
                          ("the other layers", tuple(i for i in every if i not in vital)), ("all layers", every)):
-        kept = right = moved = 0.0
         with stable_flow.apply(pipe, stable_flow.Config(vital=layers)):
-            for seed, pair in enumerate(asked):
-                images = draw(pipe, pair, seed)
-                a, b = judge.features(images * 2 - 1)
-                kept += float(a @ b) / len(asked)
-                right += (nearest_emoji(images[1:], pair)[0] == pair[1]) / len(asked)
-                moved += float((images[1] - images[0]).abs().mean()) / len(asked)
-        rows.append([name, ", ".join(map(str, layers)), right, kept, moved])
+            rows.append([name, ", ".join(map(str, layers)), *scored(pipe, asked)])
     return {"model": TASK.model, "title": "Edits beside a reference",
             "note": f"{len(asked)} pairs of prompts such as \"{asked[0][0]}\" and \"{asked[0][1]}\", {TASK.steps} steps, both "
                     "pictures from one noise. Right: the edit is nearer to the emoji asked for than to that of the reference, "
