@@ -22,11 +22,13 @@ import torch
 from accel_tools.catalog import ROOT, Catalog, load
 from accel_tools.measure.arms import Arm
 from accel_tools.measure.cells import Cells
+from accel_tools.measure.records import provenance
 from accel_tools.measure.sweep import Bench, Suite, Work, work
 from accel_tools.measure.tasks import TASKS, bundled
 from accel_tools.pages.measured import SCORES, Measured, Run, allowed
 from accel_tools.pages.plots import figures
 from accel_tools.pages.text import environment, write
+from accel_tools.pages.verdict import verdict
 from accel_tools.pages.views import with_parents
 from accel_tools.zoo.pictures import address, frames, named, row, strip
 
@@ -87,7 +89,8 @@ def measure(bench: Bench, methods: list[Work], names: dict[str, str]) -> dict[st
     found = Measured(task.model, runs, tuple(runs[0].arm["speedup_spread"]))
     plots, wanted = figures(found), ("pareto-psnr", "bound") if task.paired else (f"pareto-{task.score}",)
     return {"model": task.model, "title": task.title, "runs": runs, "failed": failed, "score": SCORES[task.score].lower(),
-            "key": task.score, "plots": [plots[name] for name in plots if name in wanted], "no_fewer": task.no_fewer_steps,
+            "key": task.score, "said": [verdict(found, run) for run in runs],
+            "plots": [plots[name] for name in plots if name in wanted], "no_fewer": task.no_fewer_steps,
             "pictures": [pictures(bench, arm) for _, arm in arms.values()], "asked": bench.prompts(0),
             "images": [bench.images(arm, 0) for _, arm in arms.values()]}
 
@@ -136,7 +139,9 @@ def main(argv: list[str] | None = None) -> int:
         if methods or benches[model].task.curve:
             sections.append(measure(benches[model], methods, names))
     page = environment(autoescape=True).get_template("report.html.j2").render(
-        sections=sections, threads=torch.get_num_threads(), torch=torch.__version__, suite=SUITE, infinity=math.inf)
+        sections=sections, threads=torch.get_num_threads(), torch=torch.__version__, suite=SUITE, infinity=math.inf,
+        ran=sum(run.kind == "method" for each in sections for run in each["runs"]),
+        broke=sum(len(each["failed"]) for each in sections), **provenance())
     write(OUT / "index.html", page)
     if sections:
         named({name: row(images) for name, images in samples(sections).items()}).save(OUT / "samples.png", optimize=True)

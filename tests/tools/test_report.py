@@ -46,7 +46,7 @@ def test_the_page_shows_every_model(tmp_path, monkeypatch, capsys):
     page = (tmp_path / "index.html").read_text()
     for name in ("FORA", "DeepCache", "PFDiff", "ToMe", "SJD", "2 steps", "moving"):
         assert name in page, name
-    assert "Failed: ToMe: ratio=7.0" in page
+    assert "Failed: ToMe: ratio=7.0" in page and "5 of 6 methods ran" in page and "<th>saved</th>" in page
     pictures = re.findall(r'<img src="data:image/png;base64,([^"]{100})', page)
     assert len(pictures) == 4 + 4 + 4 + 4 + 2 and len(re.findall("prefers-reduced-motion: reduce", page)) == 4
     assert page.count('<svg class="plot"') == 2 * 4 + 1                    # a decoder has neither PSNR nor a MAC bound
