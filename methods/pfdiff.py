@@ -17,7 +17,8 @@ Departures
     The number of steps given to the pipeline is the grid, T. The pipeline then loops over 1 + ceil((T-1) / (k+1)) network
     evaluations only, and its progress bar and callbacks count those.
     A tail of r <= k intervals is covered as in the official code: r = 1 an ordinary step, else a springboard of one
-    interval and a jump of r. (Its 3_2 sampler for Stable Diffusion fails in that tail on an undefined name.)
+    interval and a jump of r: those for DDIM and FLUX. Of its samplers for Stable Diffusion 2_2, 3_2 and 3_3 fail in a
+    tail of two on an undefined name, and 2_1 and 3_1 evaluate the network at the springboard of the jump before.
     A jump ends at the noise level of its grid point; the library's DDIM steps by 1000 // T instead, which differs where T
     does not divide 1000.
     A run that starts late (image-to-image) begins with an ordinary step to its next evaluation.

@@ -24,8 +24,8 @@ Departures
     Rows of a batch advance separately. The official code advances all by the least, keeps the surplus accepted tokens as
     drafts under the q they were accepted with, and so is exact for one row only.
     Not repeated from the official code: it passes the residual through temperature and top-k again (temperature would
-    count twice); its column count for the horizontal initialisations is one too high; those initialisations read past the
-    scores it keeps; it draws new drafts from the global generator.
+    count twice); where rows have no end token its column count for the horizontal initialisations is one too high; those
+    initialisations read past the scores it keeps; it draws new drafts from the global generator.
     At temperature 0 a draft stands if it is the most likely token: the deterministic Jacobi decoding that SJD extends.
 
 Example

@@ -23,8 +23,8 @@ Departures
     for the 28 blocks of DiT-XL/2 and PixArt. For Flux it is kept as it is, per stream.
     The tokens of a step are chosen before the model runs, from the state the last step left. The released PixArt block lets
     its MLP see the entropies that the cross-attention has renewed in the same step.
-    The released PixArt map packs the text of both guidance halves into separate columns, so that its entropy is the mean of
-    the halves' entropies (plus a constant); here it is the entropy of the mean map, as the formula has it.
+    The released PixArt map holds the text of both guidance halves in separate columns, so that its entropy is the mean of
+    the halves' entropies and log 2. So it is here; the formula's entropy of the mean map is `mean_map_entropy=True`.
     Latte stands in for Open-Sora (no diffusers class): entropy in its spatial blocks, influence in the temporal ones, three
     full steps first, one interval for all layers where the released code has six for cross-attention.
 
@@ -39,7 +39,6 @@ Example
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +68,7 @@ class Config:
     bonus: float | None = None        # weight of s4; None: 0.6 for DiT, 0.4 for PixArt, else 0
     cell: int | None = None           # side of a cell of s4; None: 2 for DiT, 4 for PixArt
     schedule: str = "auto"            # of intervals and ratios: "auto" by model, or one of SCHEDULES
+    mean_map_entropy: bool = False    # s2 of the mean of the guidance halves' maps, see Departures
     per_block_decision: bool = False  # repeat the released code's slip, see Departures
 
     def __post_init__(self):
@@ -174,7 +174,7 @@ class _Branch(Rows):
 
     def __init__(self, block: Block, branch: Branch, slots: tuple[Slot, Slot, Slot, Slot], depth: float):
         super().__init__(slots[0])
-        self.block, self.branch, self.depth, self.guided, self.unit = block, branch, depth, False, True
+        self.block, self.branch, self.depth, self.guided, self.unit, self.mean_first = block, branch, depth, False, True, False
         self.stale, self.mass, self.entropy = slots[1:]
 
     def wire(self, patch: Patch, scored: bool) -> None:
@@ -190,7 +190,7 @@ class _Branch(Rows):
 
     def measure(self, product, q: Tensor, k: Tensor, v: Tensor, **more) -> Tensor:
         """At the product of a cross-attention: the entropy of its map, of all rows or of those that are renewed."""
-        value = entropy(mean_map(q, k, **more), self.guided)
+        value = entropy(mean_map(q, k, **more), self.guided, self.mean_first)
         self.entropy.value = value if self.index is None else self.entropy.value.scatter(1, self.index, value)
         return product(q, k, v, **more)
 
@@ -250,7 +250,7 @@ class Layers:
             patch.tally(not attention.full, 1)
             patch.skips(() if attention.full else (attention.block.attn,))
         for branch in self.branches:
-            branch.guided, branch.index = context.guided, None
+            branch.guided, branch.mean_first, branch.index = context.guided, self.config.mean_map_entropy, None
             if full if branch.block.index == 0 else deep:
                 branch.stale.value, renewed = None, 1.0
             else:
@@ -265,7 +265,7 @@ class Layers:
         stale = torch.zeros(batch, tokens, device=context.sample.device) if stale is None else stale
         ratio = fresh_ratio(self.schedule, config.fresh, context.i, context.steps, branch.depth, branch.branch.name)
         index = torch.empty(batch, 0, dtype=torch.long, device=stale.device)
-        if k := math.floor(ratio * tokens):
+        if k := int(torch.tensor(ratio) * tokens):                # in single precision, which decides where k is whole
             frames, height, width = context.grid(branch.block)
             cells = (height, width, self.cell, self.bonus) if self.bonus and frames == 1 and tokens == height * width else None
             index = of_any_length(select(branch.importance(tokens), stale, k, config.interval, config.staleness, cells))

@@ -13,7 +13,8 @@ Map
     placement   around self-attention, matched on the block's input  apply, methods._core.reduction.Reduction
 
 Departures
-    Destinations come from `seed` and the step, afresh in every run; the official generator is forked once and drifts.
+    Destinations come from `seed` and the step, afresh in every run; the official generator is forked once and drifts, and
+    for an odd batch the official code takes the first token of each cell instead of a random one.
     Where a model calls its two guidance branches apart, both share the destinations of the step.
     SD3 merges the image tokens of the joint attention. Flux and CogVideoX turn queries and keys by position inside the
     attention: there one plan serves the whole batch, and a merged token is turned to the place of its destination.

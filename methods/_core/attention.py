@@ -111,11 +111,19 @@ def mean_map(q: Tensor, k: Tensor, attn_mask: Tensor | None = None, scale: float
     return scores.softmax(-1).mean(1)
 
 
-def entropy(maps: Tensor, guided: bool) -> Tensor:
-    """Entropy of the rows of a cross-attention map (B, N, T), whose guidance halves are averaged first. -> (B, N)"""
-    if guided:
-        maps = maps.unflatten(0, (2, -1)).mean(0).repeat(2, 1, 1)
-    return -(maps * (maps + 1e-7).log()).sum(-1)
+def entropy(maps: Tensor, guided: bool, mean_first: bool = False) -> Tensor:
+    """Entropy of the rows of a cross-attention map (B, N, T). -> (B, N)
+
+    With guidance both halves get that of their maps side by side, which is the mean of their entropies and log 2; with
+    `mean_first` that of the mean of their maps.
+    """
+    def of(p: Tensor) -> Tensor:
+        return -(p * (p + 1e-7).log()).sum(-1)
+
+    if not guided:
+        return of(maps)
+    halves = maps.unflatten(0, (2, -1))
+    return (of(halves.mean(0)) if mean_first else of(halves / 2).sum(0)).repeat(2, 1)
 
 
 def band_share(tokens: int, window: int) -> float:

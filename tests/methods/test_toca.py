@@ -1,3 +1,6 @@
+import math
+from types import SimpleNamespace
+
 import authors_dit
 import pytest
 import torch
@@ -7,6 +10,7 @@ from test_macs import FORMS, WORDS, C, attention, block_macs, cross, linear
 
 from methods import fora, toca, tome
 from methods._core.attention import at_product, with_mass
+from methods._core.patch import Patch
 
 
 @pytest.mark.parametrize("check, case", contract.cases(toca, toca.Config(fresh=0.2)), ids=contract.name)
@@ -74,10 +78,19 @@ def test_spatial_bonus():
     assert ragged[2].tolist() == [11, 24, 13, 28, 30]
 
 
-def test_entropy_of_the_averaged_halves_is_the_same_for_both():
-    maps = torch.rand(4, 6, 5).softmax(-1)
-    value = toca.entropy(maps, guided=True)
+@pytest.mark.parametrize("mean_first", [False, True])
+def test_entropy_of_guidance_halves_is_the_same_for_both(mean_first):
+    """That of the maps side by side, as released, or of their mean, as the formula has it."""
+    maps = torch.rand(4, 6, 5, dtype=torch.float64).softmax(-1)
+    value = toca.entropy(maps, True, mean_first)
     assert torch.equal(value[:2], value[2:])
+    apart = (toca.entropy(maps[:2], False) + toca.entropy(maps[2:], False)) / 2 + math.log(2)
+    whole = toca.entropy((maps[:2] + maps[2:]) / 2, False)
+    assert not torch.allclose(apart, whole, atol=1e-2)
+    torch.testing.assert_close(value[:2], whole if mean_first else apart, atol=2e-6, rtol=0)
+
+
+def test_entropy_of_a_uniform_map():
     uniform = toca.entropy(torch.full((1, 3, 8), 0.125), guided=False)
     torch.testing.assert_close(uniform, torch.full((1, 3), 8.0).log(), atol=1e-5, rtol=1e-5)
 
@@ -169,6 +182,28 @@ def test_equals_the_official_code():
     with toca.apply(pipe, toca.Config(interval=3, fresh=0.2, per_block_decision=True)):
         ours = authors_dit.answers(pipe, 12)
     torch.testing.assert_close(ours, torch.tensor(OFFICIAL, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_a_count_that_is_a_whole_number_is_not_cut_short():
+    """0.3 x 1 x 10/9 x 2.5 of 36 tokens are 30; in double precision the product is a little less."""
+    ratio = toca.fresh_ratio("dit-ddim", 0.3, 24, 50, 21 / 27, "ff")
+    assert 29.99 < ratio * 36 < 30
+    pipe = FAMILIES["dit"].pipe()
+    layers = toca.Layers(Patch(pipe, "toca"), toca.Config(fresh=0.3))
+    branch = next(each for each in layers.branches)
+    branch.depth, branch.slot.value, branch.mass.value = 21 / 27, torch.zeros(2, 36, 8), torch.rand(2, 36)
+    call = SimpleNamespace(sample=torch.zeros(2), i=24, steps=50, grid=lambda block: (1, 6, 6))
+    assert layers._choose(branch, call).shape == (2, 30)
+
+
+def test_the_entropy_of_pixart_is_the_released_one_unless_asked():
+    """And the other way chooses other tokens."""
+    found = []
+    for config in (toca.Config(fresh=0.3), toca.Config(fresh=0.3, mean_map_entropy=True)):
+        pipe = FAMILIES["pixart"].pipe()
+        with toca.apply(pipe, config):
+            found.append(FAMILIES["pixart"].run(pipe, steps=6))
+    assert not torch.equal(*found)
 
 
 def test_guidance_halves_of_pixart_choose_the_same_tokens():
