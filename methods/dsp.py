@@ -32,6 +32,7 @@ Example
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods._core.context import StepContext
+from methods._core.context import StepContext, experts
 from methods._core.denoiser import Block
 from methods._core.patch import Patch
 from methods._core.processes import Processes
@@ -143,19 +144,9 @@ def _served(patch: Patch) -> list[Block]:
                                                   "image's tokens alone")
 
 
-def apply(target: Any, group: Any = None, config: Config = Config()) -> Patch:
-    """Share the tokens of a transformer out to the processes of `group`, which all call this on their own copy of it.
-
-    Args:
-        target: a diffusers pipeline, or its transformer. All processes run it with the same inputs.
-        group: of torch.distributed; None: the default group, or this process alone.
-
-    Raises:
-        ValueError: a model whose tokens cannot be shared out so, or already applied; in a run, a ControlNet beside it, or
-            tokens with times of their own. RuntimeError: another process ended, or a cache beside it does not skip the same
-            layers in all of them.
-    """
-    patch, processes = Patch(target, "dsp"), Processes(group, "dsp")
+def _share(target: Any, processes: Processes, config: Config) -> Patch:
+    """Put it on one transformer."""
+    patch = Patch(target, "dsp")
     blocks = _served(patch)
     spatial = [block for block in blocks if not block.temporal]
     if processes.size == 1:
@@ -176,8 +167,8 @@ def apply(target: Any, group: Any = None, config: Config = Config()) -> Patch:
         if patch.denoiser.adds_between(context.inputs) or context.behind or torch.is_tensor(time) and time.ndim > 1:
             raise ValueError("dsp shares out the tokens of the model alone: not those of a ControlNet, of references, or with "
                              "times of their own")
-        grid = context.grid(spatial[0])
-        share.samples, share.places, share.taken = len(context.sample), grid[0] * grid[1] * grid[2], processes.sent
+        share.samples, share.places = len(context.sample), math.prod(context.grid(spatial[0]))
+        share.taken = processes.sent
         reached = torch.tensor([[patch.reaches(block.attn) for block in spatial]], dtype=torch.uint8,
                                device=context.sample.device)
         if len(patch.run.patches) > 1 and not (processes.join(reached, 0, processes.size) == reached).all():
@@ -187,3 +178,27 @@ def apply(target: Any, group: Any = None, config: Config = Config()) -> Patch:
 
     patch.each_call(decide)
     return patch.on()
+
+
+def apply(target: Any, group: Any = None, config: Config = Config()) -> Patch:
+    """Share the tokens of a transformer out to the processes of `group`, which all call this on their own copy of it.
+
+    Args:
+        target: a diffusers pipeline, whose transformers are all shared out, or one of them. All processes run it with the
+            same inputs.
+        group: of torch.distributed; None: the default group, or this process alone.
+
+    Raises:
+        ValueError: a model whose tokens cannot be shared out so, or already applied; in a run, a ControlNet beside it, or
+            tokens with times of their own. RuntimeError: another process ended, or a cache beside it does not skip the same
+            layers in all of them.
+    """
+    processes = Processes(group, "dsp")
+    first, *others = experts(target)
+    patch = _share(first, processes, config)
+    try:
+        patch.also += [_share(expert, processes, config) for expert in others]
+    except BaseException:
+        patch.remove()
+        raise
+    return patch

@@ -63,7 +63,7 @@ def together():
 
 def work():
     processes, found = Processes(None, "test"), {}
-    for name in ("latte", "cogvideox", "wan", "ltx"):
+    for name in ("latte", "cogvideox", "wan", "wan22", "ltx"):
         family, setting = FAMILIES[name], dict(steps=2, batch=2)
         pipe = family.pipe()
         plain = family.run(pipe, **setting)
@@ -156,7 +156,7 @@ def die():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["latte", "cogvideox", "wan", "ltx"])
+@pytest.mark.parametrize("name", ["latte", "cogvideox", "wan", "wan22", "ltx"])
 def test_three_processes_give_what_one_gives_in_single_precision(name):
     for process in together():
         assert process[name]["apart"] < 1e-5 and process[name]["report"]["state"] == "engaged"
@@ -176,6 +176,12 @@ def test_bytes_are_those_of_the_closed_form():
         assert report["bytes ulysses"] == 4 * round(dsp.volumes(whole, THREE)["ulysses"])
         assert report["bytes ring"] == 4 * round(dsp.volumes(whole, THREE)["ring"])
         assert process["by hand"] == {"turned": True, "back": True, "whole": True}
+
+
+@pytest.mark.slow
+def test_both_experts_are_shared_out():
+    """Of two steps each takes one, of three layers, with guidance in two calls."""
+    assert all(process["wan22"]["report"]["switches"] == 2 * 3 * 2 * 2 for process in together())
 
 
 @pytest.mark.slow
