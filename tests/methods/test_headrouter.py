@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from contracts import patch as contract
 from families import FAMILIES
 
+from accel_tools.measure.macs import count_macs
 from methods import headrouter, stable_flow
 from methods._core.denoiser import describe
 from methods.headrouter import OFF, Config
@@ -233,6 +234,17 @@ def test_an_inversion_of_full_strength_goes_straight_to_the_noise():
     assert torch.equal(plain, expected) and not torch.equal(found, plain)
     half = headrouter.invert(pipe, latent(), Config(seed=7), **call(5))
     assert (half - noise).norm() < (plain - noise).norm()
+
+
+def test_the_overhead_is_the_row_beside_the_edit():
+    """Products of matrices are those of a plain run for both prompts, which are twice those for one."""
+    costs = []
+    for config, batch in ((None, 1), (None, 2), (Config(), 2)):
+        pipe = FLUX.pipe()
+        patch = None if config is None else headrouter.apply(pipe, config)
+        costs.append(count_macs(lambda pipe=pipe, batch=batch: FLUX.run(pipe, steps=2, batch=batch, twins=True)))
+        assert patch is None or patch.report()["overhead_rows"] == 2
+    assert costs[1] == costs[2] and costs[1] == pytest.approx(2 * costs[0], rel=0.02)
 
 
 # ---- refusals ---------------------------------------------------------------------------------------------------------

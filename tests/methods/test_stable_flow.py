@@ -5,6 +5,7 @@ from diffusers import FluxTransformer2DModel
 from families import FAMILIES
 
 import methods
+from accel_tools.measure.macs import count_macs
 from methods import stable_flow
 from methods._core.denoiser import describe
 from methods.stable_flow import TINY, Config
@@ -257,6 +258,17 @@ def test_guidance_of_the_reference_is_its_own():
         pipe.transformer.time_text_embed.register_forward_pre_hook(lambda _, args: told.append(args[1].tolist()))
         pipe(**call(FLUX, 2, 3), guidance_scale=3.0, latents=passed[-1].repeat(3, 1, 1), output_type="latent")
     assert told == [[1000, 3000, 3000]] * 2
+
+
+def test_the_overhead_is_the_row_beside_the_edit():
+    """Products of matrices are those of a plain run for both prompts, which are twice those for one."""
+    costs = []
+    for config, batch in ((None, 1), (None, 2), (TINY, 2)):
+        pipe = FLUX.pipe()
+        patch = None if config is None else stable_flow.apply(pipe, config)
+        costs.append(count_macs(lambda pipe=pipe, batch=batch: FLUX.run(pipe, steps=2, batch=batch, twins=True)))
+        assert patch is None or patch.report()["overhead_rows"] == 2
+    assert costs[1] == costs[2] and costs[1] == pytest.approx(2 * costs[0], rel=0.02)
 
 
 # ---- refusals ---------------------------------------------------------------------------------------------------------
