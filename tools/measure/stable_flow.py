@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from accel_tools.measure.quality import nearest_emoji
-from accel_tools.measure.tasks import TASKS
+from accel_tools.measure.tasks import TASKS, Task
 from accel_tools.measure.tome_binding import families
 from methods import stable_flow
 from methods._zoo import load_judge
@@ -25,11 +25,11 @@ def pairs() -> list[tuple[str, str]]:
     return [(name, other) for name, others in asked.items() for other in others if " " in other and other != name][::12]
 
 
-def draw(pipe: Any, prompts: Sequence[str], seed: int) -> Tensor:
+def draw(task: Task, pipe: Any, prompts: Sequence[str], seed: int) -> Tensor:
     """Pictures (n, 3, 32, 32) in [0, 1], all from the noise of `seed`."""
     pipe.set_progress_bar_config(disable=True)
-    out = pipe(list(prompts), guidance_scale=TASK.guidance, num_inference_steps=TASK.steps, output_type="np",
-               generator=[torch.Generator().manual_seed(seed) for _ in prompts], **dict(TASK.settings))
+    out = pipe(list(prompts), guidance_scale=task.guidance, num_inference_steps=task.steps, output_type="np",
+               generator=[torch.Generator().manual_seed(seed) for _ in prompts], **dict(task.settings))
     return torch.as_tensor(out.images).movedim(-1, -3)
 
 
@@ -45,7 +45,7 @@ def scored(pipe: Any, asked: Sequence[tuple[str, str]]) -> list[float]:
     """Of edits drawn beside their references: share that is right, likeness to the reference, mean difference of pixels."""
     judge, found = load_judge("emoji_judge"), []
     for seed, pair in enumerate(asked):
-        images = draw(pipe, pair, seed)
+        images = draw(TASK, pipe, pair, seed)
         a, b = judge.features(images * 2 - 1)
         right = nearest_emoji(images[1:], pair)[0] == pair[1]
         found.append((float(right), float(a @ b), float((images[1] - images[0]).abs().mean())))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from accel_tools.catalog import Catalog
-from accel_tools.measure.arms import Arm
+from accel_tools.measure.arms import Arm, offering
 from accel_tools.measure.cells import Cells
 from accel_tools.measure.macs import count_macs, equal_cost_steps
 from accel_tools.measure.memory import in_fresh_process, peak_allocated, peak_resident
@@ -51,10 +51,13 @@ PAPER = Suite("paper", images=500, rounds=9)
 
 
 def work(catalog: Catalog, model: str, chosen: Sequence[str] | None = None) -> list[Work]:
-    """What is measured on a model: the configs that the entries name for it, the default one where an entry names none."""
-    kinds = TASKS[model].kinds
+    """What is measured on a model: the configs that the entries name for it, the default one where an entry names none.
+
+    Methods that edit beside an original, with `PROMPTS`, draw no images of this kind; they have studies.
+    """
+    kinds, edits = TASKS[model].kinds, offering("PROMPTS")
     return [(slug, config) for slug, entry in catalog.entries.items()
-            if entry.kind in kinds and not entry.pending and (chosen is None or slug in chosen)
+            if entry.kind in kinds and not entry.pending and slug not in edits and (chosen is None or slug in chosen)
             for config in entry.bench.get(model, [{}])]
 
 

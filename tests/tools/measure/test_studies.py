@@ -7,8 +7,10 @@ import json
 import pytest
 import torch
 
-from accel_tools.measure import dato, records, studies, titok, tome_binding
+from accel_tools.catalog import load
+from accel_tools.measure import cesdi, dato, records, studies, titok, tome_binding
 from accel_tools.measure.arms import offering
+from accel_tools.measure.sweep import work
 
 pytestmark = pytest.mark.slow
 
@@ -90,6 +92,20 @@ def test_an_encoder_that_moved_is_found_out(one_tokenizer):
     torch.save({"averaged": model.state_dict()}, tuned)
     with pytest.raises(RuntimeError, match="tuning small on pixels changed codes, decoder, generator, pixels, proxy"):
         titok.study(None)
+
+
+def test_an_edit_is_held_against_drawing_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(cesdi, "TASK", dataclasses.replace(cesdi.TASK, steps=4))
+    monkeypatch.setattr(cesdi, "ROUNDS", 1)
+    monkeypatch.setattr(cesdi, "pairs", lambda: [("red apple", "green apple")])
+    again, found, given = cesdi.study(tmp_path)["rows"]
+    assert again[:2] == ["drawn again", 1] and 0 < given[1] < 1 and given[3] > again[3]
+
+
+def test_what_edits_beside_an_original_is_in_no_sweep():
+    edits = offering("PROMPTS")
+    assert {"cesdi", "stable_flow", "headrouter"} <= edits.keys()
+    assert not edits.keys() & {slug for slug, _ in work(load(), "mmdit")}
 
 
 def test_every_study_is_found_by_its_file(monkeypatch, tmp_path):
