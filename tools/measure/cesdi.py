@@ -40,7 +40,7 @@ def study(folder: Path) -> dict[str, Any]:
     return {"model": TASK.model, "title": "Edits beside their original",
             "note": f"{len(asked)} pairs of prompts such as \"{asked[0][0]}\" and \"{asked[0][1]}\" from one noise, "
                     f"{TASK.steps} steps, both pictures in one batch. Work of the edit: of that of a picture, when its "
-                    "original is paid in full. PSNR between both pictures in the left half, which the last row leaves alone; moved: "
-                    "mean difference of pixels in [0, 1] in the right one.",
+                    "original is paid in full. PSNR between both pictures in the left half, which the last row leaves alone; "
+                    "moved: mean difference of pixels in [0, 1] in the right one.",
             "columns": ["Edit", "Work of the edit", "Speed-up of the pair", "PSNR on the left (dB)", "Moved on the right"],
             "rows": rows}
