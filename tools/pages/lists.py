@@ -44,7 +44,7 @@ def render_readme(catalog: Catalog, readme: str) -> str:
     """`readme` with the part between the markers made anew."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
         raise MarkerError(f"README.md: needs exactly one {BEGIN} and, after it, one {END}")
-    entries = sorted(catalog.entries.values(), key=lambda entry: (entry.since, entry.slug))
+    entries = sorted(catalog.entries.values(), key=lambda entry: (entry.since, entry.slug), reverse=True)
     lists = [{"title": spec.title, "file": spec.file,
               "rows": sum(row.place.startswith(f"{name}/") for entry in entries for row in entry.rows)}
              for name, spec in catalog.lists.items()]
