@@ -4,9 +4,11 @@ The trained part of a model is what has `requires_grad`: a method sets it, and e
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -79,3 +81,36 @@ def load(model: nn.Module, path: str | Path) -> None:
             raise ValueError(f"{name} in {Path(path).name} has shape {tuple(state[name].shape)}, not {tuple(weight.shape)}")
     for name, weight in mine.items():
         weight.copy_(state[name])
+
+
+def enter(model: nn.Module, stages: Mapping[str, Sequence[str]], stage: str) -> list[nn.Parameter]:
+    """Freeze all but the parts of `model` that `stage` trains, of `stages`. -> the parameters for its optimiser
+
+    Raises:
+        ValueError: no such stage.
+    """
+    if stage not in stages:
+        raise ValueError(f"stage={stage!r} must be one of {', '.join(stages)}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.split(".")[0] in stages[stage])
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def check_sizes(config: Any, divides: Sequence[tuple[str | int, str]] = (), none: Sequence[str] = ()) -> None:
+    """Look over the Config of a network: whole numbers are at least 1, or 0 where `none` names them, the others finite and
+    at least 0, and of each (part, whole) of `divides` the part, a field or a number, divides the whole.
+
+    Raises:
+        ValueError: it names the field.
+    """
+    for each in fields(config):
+        value, kind = getattr(config, each.name), type(each.default)
+        least = 0 if each.name in none else 1
+        if kind is int and each.name != "seed" and value < least:
+            raise ValueError(f"{each.name}={value} must be at least {least}")
+        if kind is float and not 0 <= value < math.inf:
+            raise ValueError(f"{each.name}={value} must be a number of at least 0")
+    for part, whole in divides:
+        size, name = (part, str(part)) if isinstance(part, int) else (getattr(config, part), f"{part}={getattr(config, part)}")
+        if getattr(config, whole) % size:
+            raise ValueError(f"{name} must divide {whole}={getattr(config, whole)}")

@@ -1,9 +1,11 @@
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
 
 from methods import _trained, weights
-from methods._core.learning import load, save, train_only, trained
+from methods._core.learning import check_sizes, enter, load, save, train_only, trained
 
 
 def model(*, parts=("0.",), width=3):
@@ -57,3 +59,33 @@ def test_an_unknown_name_lists_the_known_ones():
     known = sorted(path.stem for path in _trained.FOLDER.glob("*.safetensors"))
     with pytest.raises(ValueError, match=f"no trained weights 'none'; there are: {', '.join(known)}"):
         weights("none")
+
+
+def test_a_stage_trains_its_parts():
+    made = model(parts=None)
+    found = enter(made, {"first": ("0",), "both": ("0", "1")}, "first")
+    assert [weight.shape for weight in found] == [(3, 2), (3,)] and not made[1].weight.requires_grad
+    assert len(enter(made, {"first": ("0",), "both": ("0", "1")}, "both")) == 4
+    with pytest.raises(ValueError, match="stage='last' must be one of first, both"):
+        enter(made, {"first": ("0",), "both": ("0", "1")}, "last")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    whole: int = 6
+    part: int = 3
+    layers: int = 1
+    share: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self):
+        check_sizes(self, [("part", "whole"), (2, "whole")], none=["layers"])
+
+
+@pytest.mark.parametrize("wrong, words", [({"part": 4}, "part=4 must divide whole=6"), ({"whole": 3}, "2 must divide whole=3"),
+                                          ({"part": 0}, "part=0 must be at least 1"), ({"share": -0.1}, "share=-0.1"),
+                                          ({"share": float("nan")}, "share=nan"), ({"layers": -1}, "layers=-1 .* at least 0")])
+def test_sizes_that_do_not_fit_are_refused(wrong, words):
+    assert Sizes(layers=0, seed=-1).whole == 6
+    with pytest.raises(ValueError, match=words):
+        Sizes(**wrong)
