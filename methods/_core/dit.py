@@ -90,13 +90,14 @@ def ddpm() -> DDPMScheduler:
 
 @torch.no_grad()
 def sampled(model: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, labels: Tensor, none: int, steps: int,
-            guidance: Callable[[int], float], random: torch.Generator) -> Tensor:
+            guidance: Callable[[int], float], random: torch.Generator, clip: float = 0.0) -> Tensor:
     """From noise x (B, C, H, W) to samples by the levels of `ddpm`.
 
     Args:
         model: x, times (B,) and labels (B,) -> noise and variance (B, 2C, H, W).
         none: the label of no class.
         guidance: of a time the weight of what the label changes; where it is 1 there is no second row without a label.
+        clip: the largest value that is seen in the noise, of pixels; 0: none, as for latents.
     """
     kept = (1 - ddpm().betas.double()).cumprod(0).tolist()
 
@@ -109,6 +110,7 @@ def sampled(model: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, labels
             both = torch.cat([labels, torch.full_like(labels, none)])
             cond, uncond = model(torch.cat([x, x]), torch.cat([times, times]), both).chunk(2)
             noise, variance = uncond[:, :C] + weight * (cond - uncond)[:, :C], cond[:, C:]
-        return (x - (1 - kept[t]) ** 0.5 * noise) / kept[t] ** 0.5, variance
+        x0 = (x - (1 - kept[t]) ** 0.5 * noise) / kept[t] ** 0.5
+        return x0.clamp(-clip, clip) if clip else x0, variance
 
     return ancestral(says, x, kept, spaced(len(kept), steps), random)

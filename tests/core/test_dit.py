@@ -82,6 +82,8 @@ def test_samples_of_a_model_that_sees_the_answer():
     found = sampled(model, x, labels, 10, 8, lambda t: 1.0, generator())
     torch.testing.assert_close(found, (labels.double() / 10)[:, None, None, None].expand_as(x))
     assert [rows for rows, _ in asked] == [3] * 8 and [t for _, t in asked] == [999, 856, 714, 571, 428, 285, 143, 0]
+    found = sampled(model, x, 10 * labels, 100, 8, lambda t: 1.0, generator(), clip=2.0)
+    torch.testing.assert_close(found, labels.double().clamp(max=2)[:, None, None, None].expand_as(x))
     asked.clear()
     found = sampled(model, x, labels, 10, 8, lambda t: 2.0 if t == 0 else 1.0, generator())
     torch.testing.assert_close(found, (2 * labels.double() / 10 - 1)[:, None, None, None].expand_as(x))
