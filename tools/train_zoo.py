@@ -5,14 +5,15 @@ Runs on a CPU in one to two hours or on a GPU unchanged. It writes a checkpoint 
 optimiser and random state). At the end it writes `methods/_zoo/<name>.safetensors` (fp16), the card `<name>.json` with what
 the judge says of 500 images, and a sheet of samples, `site/assets/models/<name>.png`.
 
-`python tools/train_zoo.py --method dydit [name]` trains a method of kind training or module on the digits in the same way
-and writes `methods/_trained/<name>.safetensors` and its card. The module of the method says all that is needed:
+`python tools/train_zoo.py --method dydit [name]` trains a method of kind training, compress or module on the digits in the
+same way and writes `methods/_trained/<name>.safetensors` and its card. The module of the method says all that is needed:
 
     TRAINED = {"dydit-50": Config(target=0.5)}           # what is trained: names of files, and the Config of each
     def training(pipe, config) -> Iterator[Stage]        # yields methods._core.learning.Stage, one after the other
     RIVALS = {"dydit-50": {"fixed share": Config(...)}}  # what it is held against, trained alike but not shipped (optional)
     def metrics(model, images, labels) -> dict           # of `build(config)` with the weights, on held-out digits; a method
-                                                         # with `convert` needs none: its samples are judged beside plain ones
+                                                         # with `convert` or `compress` needs none: its samples are judged
+                                                         # beside plain ones
 
 `pipe` is `methods.tiny("dit")`. Of the model of the last stage the parameters with `requires_grad` are kept.
 """

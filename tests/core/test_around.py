@@ -20,7 +20,7 @@ def test_what_it_lacks_is_asked_of_what_it_holds():
     made.mine = 1
     assert made.in_features == 2 and made.weight is made.inner.weight and made.mine == 1
     with pytest.raises(AttributeError, match="nothing"):
-        made.nothing
+        assert made.nothing
     other = copy.deepcopy(made)
     assert other.weight is not made.weight and torch.equal(other(torch.ones(2)), made(torch.ones(2)))
 

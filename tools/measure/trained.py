@@ -82,6 +82,16 @@ def write(card: dict[str, Any]) -> None:
     (_trained.FOLDER / f"{card['name']}.json").write_text(json.dumps(card, indent=1) + "\n")
 
 
+def drop_in(module: Any, name: str) -> nn.Module:
+    """The bundled DiT converted, or compressed, with the trained weights `name`."""
+    model = methods.tiny("dit").transformer
+    if hasattr(module, "compress"):
+        return module.load(model, _trained.weights(name))
+    model = module.convert(model, module.TRAINED[name])
+    learning.load(model, _trained.weights(name))
+    return model
+
+
 def metrics(slug: str, name: str, n: int, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
     """What the trained weights are worth, and what its rivals are, which are trained here: by the module's own
     `metrics(model, images, labels)` on held-out digits if it has one, else by `n` images of the converted DiT, split over
@@ -96,9 +106,8 @@ def metrics(slug: str, name: str, n: int, seed: int = 0, scale: float = 1.0) -> 
         found = module.metrics(model, *held_out)
         return rounded(found | ({"rivals": {words: module.metrics(each, *held_out) for words, each in against.items()}}
                                 if against else {}))
-    task, converted = TASKS["dit"], module.convert(methods.tiny("dit").transformer, module.TRAINED[name])
-    learning.load(converted, _trained.weights(name))
-    rows = {"plain": drawn(n, task.steps), slug: drawn(n, task.steps, converted)}
+    task, made = TASKS["dit"], drop_in(module, name)
+    rows = {"plain": drawn(n, task.steps), slug: drawn(n, task.steps, made)}
     fewer = equal_cost_steps(rows[slug]["macs_per_image"], rows["plain"]["macs_per_image"], task.steps)
     rows |= {words: drawn(n, task.steps, each) for words, each in against.items()} | {"plain, fewer steps": drawn(n, fewer)}
     each = n // len(SEEDS)
