@@ -20,8 +20,8 @@ Departures
     It saves nothing: the reference is a row more in the batch, and keys and values are copied; the report counts both.
     Keys and values are exchanged behind norms and positions, not before. The places of both rows are the same, so that the
     result is, too, bit for bit.
-    Of classifier-free guidance the conditional half alone is edited; FLUX.1-dev has no other. With both halves edited, guidance
-    takes away what they share, the reference: on the bundled model edits then resemble it no more than plain ones.
+    Of classifier-free guidance the conditional half alone is edited; FLUX.1-dev has no other. With both halves edited guidance
+    takes away what they share, the reference: eight edits on the bundled model then resembled it no more than plain ones.
     The official code sets row 0, after step i, to the stored latent number -i, which lags by two noise levels, and in the first
     step is the cleanest one; and it never stores z_0. Here both are of one level. `released` is the other way.
     Layer 2 is vital in the paper and left out of the official code: both sets stand in VITAL, beside one measured here.
