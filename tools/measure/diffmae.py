@@ -22,7 +22,7 @@ from methods._core.parts import patchify
 from methods.diffmae import LEVELS, TRAINED, build, macs
 
 DATA = "from scratch, without labels; rivals trained with as many multiply-accumulates"
-BATCH, STEPS = 32, 800
+BATCH, STEPS = 32, 1800
 DRAWN, STEPS_DRAWN, AT = 100, 50, (0, 250, 500, 750, 999)             # images for each seed, steps, levels of the error
 RIVALS = {"diffmae": {"pure noise alone, as a masked autoencoder": replace(TRAINED["diffmae"], lowest=LEVELS - 1),
                       "cross decoder": replace(TRAINED["diffmae"], decoder="cross")}}
