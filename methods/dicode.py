@@ -28,14 +28,15 @@ Departures
     Clips share no frame: the last of one and the first of the next are told twice. A frame alone gives its tokens, too.
 
 Example
-    >>> import torch
+    >>> import methods, torch
     >>> from methods import dicode
-    >>> dicode.token_count(60, dicode.Config())                         # of a minute
-    480
-    >>> model = dicode.build(dicode.TINY)
-    >>> tokens = dicode.generate(model, torch.tensor([[3, 0]]), torch.Generator().manual_seed(0), clips=2)
+    >>> model = dicode.build(dicode.TRAINED["dicode"], methods._zoo.load_judge("video_judge").stages[:2])
+    >>> dicode.load(model, methods.weights("dicode"))
+    >>> tokens = dicode.generate(model, torch.tensor([[3]]), torch.Generator().manual_seed(0), clips=2)     # of a three
     >>> tuple(tokens.shape), tuple(model.decode(tokens[:, 1], torch.Generator().manual_seed(0)).shape)
-    ((1, 2, 4, 4), (1, 3, 1, 8, 8))
+    ((1, 2, 8, 8), (1, 8, 1, 16, 16))
+    >>> dicode.token_count(60, dicode.Config())                         # of a minute, at the size of the paper
+    480
 """
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ from methods._core.learning import load, save
 from methods._core.noise import Noising
 from methods._core.parts import Block, learnt, patchify, unpatchify
 
-__all__ = ["STAGES", "TINY", "Config", "DiCoDe", "build", "density", "draw", "enter", "expected", "generate", "load",
+__all__ = ["STAGES", "TINY", "TRAINED", "Config", "DiCoDe", "build", "density", "draw", "enter", "expected", "generate", "load",
            "loss", "nll", "save", "token_count"]
 
 
@@ -82,10 +83,9 @@ class Config:
 
     def __post_init__(self):
         for field in fields(self):
-            if type(field.default) is int and field.name != "seed" and getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name}={getattr(self, field.name)} must be at least 1")
-        if not 0 <= self.var_scale < math.inf:
-            raise ValueError(f"var_scale={self.var_scale} must be a number of at least 0")
+            value, least = getattr(self, field.name), int(type(field.default) is int)
+            if field.name != "seed" and not least <= value < math.inf:
+                raise ValueError(f"{field.name}={value} must be a number of at least {least}")
         for part, whole in (("patch", "size"), ("heads", "width"), ("language_heads", "language_width")):
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(f"{part}={getattr(self, part)} must divide {whole}={getattr(self, whole)}")
@@ -97,6 +97,11 @@ class Config:
 
 TINY = Config(size=8, channels=1, frames=3, per_frame=2, depth=4, features=6, places=4, patch=4, width=16, layers=2, heads=2,
               words=5, text=2, context=3, language_width=16, language_layers=1, language_heads=2, components=2, steps=2)
+# Trained on moving digits, behind the stages of a judge of them. `methods.weights(name)` has the weights.
+TRAINED = {"dicode": Config(
+    size=16, channels=1, frames=8, per_frame=4, depth=8, features=64, places=16, patch=8, width=96, layers=3, heads=4, words=10,
+    text=1, context=2, language_width=96, language_layers=3, language_heads=4, components=4, steps=10)}
+
 
 def token_count(seconds: float, config: Config) -> int:
     """Deep tokens of a video, whose clips last two seconds."""
@@ -216,7 +221,7 @@ class DiCoDe(nn.Module):
         super().__init__()
         self.config, self.frames, self.language = config, frames, Language(config)
         self.resampler, self.denoiser = Resampler(config), Denoiser(config)
-        self.scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False,
+        self.scheduler = DDIMScheduler(beta_schedule="linear", prediction_type="v_prediction", clip_sample=False,
                                        rescale_betas_zero_snr=True, timestep_spacing="trailing")
 
     def encode(self, x: Tensor) -> Tensor:
@@ -262,17 +267,18 @@ def enter(model: DiCoDe, stage: str) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def loss(model: DiCoDe, stage: str, x: Tensor, words: Tensor | None = None, random: torch.Generator | None = None) -> Tensor:
+def loss(model: DiCoDe, stage: str, x: Tensor, words: Tensor | None = None, random: torch.Generator | None = None,
+         t: Tensor | None = None) -> Tensor:
     """What a stage, `enter`ed before, minimises.
 
-    "tokens": squared error of v on clips x (B, F, C, H, W), whose noise `random` draws, given their own deep tokens.
+    "tokens": squared error of v on clips x (B, F, C, H, W), given their tokens; noise by `random`, at times t (B,) or at all.
     "language": `nll` of deep tokens x (B, N, d), several clips one after the other, behind `words` (B, T).
     """
     if stage not in STAGES or (random if stage == "tokens" else words) is None:
         raise ValueError(f"stage={stage!r} must be 'tokens', with draws, or 'language', with words")
     if stage == "language":
         return nll(model.language(words, x[:, :-1]), x, model.config.components).mean()
-    noisy = (noising := Noising(model.scheduler)).sample(x, random)
+    noisy = (noising := Noising(model.scheduler)).sample(x, random, t)
     return noising.loss(model.denoiser(noisy.x, noisy.t, model.encode(x)), noisy)
 
 

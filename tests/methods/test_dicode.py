@@ -1,3 +1,5 @@
+import hashlib
+import json
 import math
 from dataclasses import replace
 
@@ -5,9 +7,12 @@ import pytest
 import torch
 import torch.distributions as D
 from contracts import module
+from safetensors.torch import load_file
 from torch import nn
 
+import methods
 from methods import dicode
+from methods._zoo import load_judge
 
 TINY = dicode.TINY
 RANDOM = torch.Generator().manual_seed(4)
@@ -189,3 +194,40 @@ def test_bad_inputs_are_named():
         with pytest.raises(ValueError, match=f"stage='{stage}' must be 'tokens', with draws, or 'language', with words"):
             dicode.loss(model, stage, CLIPS, **more)
 
+
+# ---- the bundled weights -----------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def bundled():
+    """The trained model, and its card."""
+    path, model = methods.weights("dicode"), dicode.build(dicode.TRAINED["dicode"], load_judge("video_judge").stages[:2])
+    dicode.load(model, path)
+    return model.eval(), json.loads(path.with_suffix(".json").read_text()), path
+
+
+def test_card_and_weights_agree(bundled):
+    model, card, path = bundled
+    assert dicode.Config(**card["config"]) == model.config
+    assert card["bytes"] == path.stat().st_size <= 2 * 2 ** 20
+    assert card["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
+    assert all(losses[-1][1] < losses[0][1] for losses in card["loss"])
+
+
+def test_the_card_says_what_tokens_and_mixture_are_worth(bundled):
+    metrics = bundled[1]["metrics"]
+    assert metrics["error"] < 0.6 * metrics["error_of_others"] and metrics["rebuilt_on_a_side"] > 0.9
+    assert metrics["on_a_side"] > metrics["mean_on_a_side"] and 0.2 < metrics["right"] < 0.8
+
+
+@pytest.mark.slow
+def test_both_futures_are_drawn(bundled):
+    """Without data: behind the tokens of a block at rest, clips end at either side."""
+    from accel_tools.measure.dicode import where
+    model = bundled[0]
+    clip = torch.full((24, 8, 1, 16, 16), -1.0)
+    clip[:, :, :, 6:10, 7:9] = 1                                                   # an upright stroke, a one
+    words, before = torch.ones(24, 1).long(), model.encode(clip)[:, None]
+    drawn = dicode.generate(model, words, torch.Generator().manual_seed(0), before=before)
+    place = where(model.decode(drawn[:, 0], torch.Generator().manual_seed(0)))
+    assert 0 < float((place > 0.5).float().mean()) < 1 and float(((place - 0.5).abs() > 0.25).float().mean()) > 0.5
