@@ -51,7 +51,7 @@ def pages(site: Site) -> dict[str, str]:
             related=views.related(catalog, entry), plots=views.plots(tables, slug),
             successors=[e for e in entries.values() if slug in e.builds_on],
             measured=views.measurements(site, entry, tables), study=views.study(site, slug), tested=views.tested(site, slug),
-            glance=views.glance(site, entry, tables))
+            glance=views.glance(site, entry, tables), trained=views.trained(site, entry))
     families = [views.family(site, name, tables) for name in views.families(site)]
     add("models/index.md", "models.md.j2", families=families, columns=len(views.FIRST))
     for family in families:

@@ -146,6 +146,9 @@ def test_real_catalogue_is_read_and_rendered_in_twenty_seconds():
     made = pages(site)
     assert time.process_time() - start < 20
     assert {f"methods/{slug}.md" for slug in site.catalog.entries} <= made.keys()
+    for card in site.trained.values():
+        assert f"code>{card['name'].replace('_', '&#95;')}</code>" in made[f"methods/{card['method']}.md"]
+    assert "| two learners for each token | 20 |" in made["methods/acm.md"]
 
 
 @pytest.mark.slow

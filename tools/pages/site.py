@@ -28,6 +28,7 @@ class Site:
     samples: bool = False                                               # site/assets/samples.png is there
     pictures: frozenset[str] = frozenset()                              # bundled models with site/assets/models/<name>.png
     zoo: dict[str, dict] = field(default_factory=dict)                  # bundled model -> its card
+    trained: dict[str, dict] = field(default_factory=dict)              # trained weights of methods -> their card
     baselines: dict[str, dict] = field(default_factory=dict)            # model -> catalog/baselines/<model>.json
 
 
@@ -59,6 +60,7 @@ def read(root: Path = ROOT) -> Site:
         pictures=frozenset(path.stem for path in (root / "site/assets/models").glob("*.png")),
         zoo={path.stem: _json(path) for path in sorted((root / "methods/_zoo").glob("*.json"))
              if path.with_suffix(".safetensors").exists()},
+        trained={path.stem: _json(path) for path in sorted((root / "methods/_trained").glob("*.json"))},
         baselines={path.stem: _json(path) for path in sorted((root / "catalog/baselines").glob("*.json"))},
     )
 

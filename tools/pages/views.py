@@ -27,6 +27,7 @@ METRICS = {                                               # key in an arm of a r
     "psnr": ("PSNR (dB)", "plain"), "ssim": ("SSIM", "plain"), "label_accuracy": ("Label accuracy", "plain"),
     "retrieval": ("Retrieval", "plain"), "retrieval_top1": ("Retrieval, first", "plain"),
     "frame_agreement": ("Frame agreement", "plain"), "travel": ("Travel (pixels)", "plain"),
+    "macs_per_image": ("MACs an image", "count"), "mse": ("Mean square error", "plain"),
     "lowest_recall": ("Lowest recall", "plain"), "frechet": ("Fréchet distance", "plain"), "n": ("Images", "plain"),
 }
 
@@ -350,6 +351,39 @@ def glance(site: Site, entry: Entry, tables: list[dict]) -> dict:
             "runs": sum(result["works"] for result in families.values()), "families": len(families),
             "setting": ", ".join(f"{key}={value!r}" for key, value in changed.items()),
             "reported": max((each for each in entry.reported if faster(each)), key=faster, default=None)}
+
+
+def trained(site: Site, entry: Entry) -> list[dict]:
+    """What the weights are worth that ship with a method that trains: a table a file, its rivals beside it."""
+    found = []
+    for name, card in site.trained.items():
+        if card["method"] != entry.slug:
+            continue
+        metrics = card["metrics"]
+        arms = {arm: values for arm, values in metrics.items() if isinstance(values, dict) and "macs_per_image" in values}
+        if not arms:                                           # a network from scratch, by measures of its own
+            arms = {entry.name: metrics, **metrics.get("rivals", {})}
+        keys = [key for key in dict.fromkeys(key for values in arms.values() for key in values)
+                if any(_scalar(values.get(key)) for values in arms.values()) and key not in ("n", "seed", "guidance")]
+        columns = [METRICS.get(key, (key.replace("_", " ").capitalize(), ""))[0] for key in keys]
+        found.append({
+            "name": name, "card": card, "columns": columns,
+            "rows": [(entry.name if arm == entry.slug else arm, [_with_spread(values, key) for key in keys])
+                     for arm, values in arms.items()],
+            "curves": [curve([point[:2] for point in losses]) for losses in card["loss"] if len(losses) > 1]})
+    return found
+
+
+def _scalar(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _with_spread(values: Mapping[str, object], key: str) -> str:
+    if not _scalar(values.get(key)):
+        return ""
+    shown = number(values[key], "count" if key.startswith("macs") else "plain")
+    spread = values.get(f"{key}_spread")
+    return f"{shown} ({number(spread, 'plain')})" if spread else shown
 
 
 def study(site: Site, slug: str) -> dict | None:
