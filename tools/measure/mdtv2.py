@@ -1,4 +1,5 @@
-"""MDTv2 on digits, and the same network without the masked pass, trained with as much computing, which makes more steps."""
+"""MDTv2 on digits, and the same network without the masked pass, trained with as much computing, which makes more steps, and
+for as many steps."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from methods import mdtv2
 from methods._core.learning import Stage
 from methods.mdtv2 import TRAINED, build, macs
 
-DATA = "from scratch; the rival has the same network and batch, and as many multiply-accumulates in training"
+DATA = "from scratch; rivals have the same network and batch, and as many multiply-accumulates in training, or steps"
 BATCH, STEPS = 32, 600
 PLAIN = replace(TRAINED["mdtv2"], ratio=0.0)
 SAMPLER = {"steps": 15, "guidance": 2.0}
@@ -25,7 +26,7 @@ def of_equal_computing() -> int:
     return round(STEPS * (1 + macs(config, config.ratio + config.more / 2) / macs(config)))
 
 
-RIVALS = {"mdtv2": {"plain pass alone": (PLAIN, of_equal_computing())}}
+RIVALS = {"mdtv2": {"plain pass alone": (PLAIN, of_equal_computing()), "plain pass alone, equal steps": (PLAIN, STEPS)}}
 
 
 def training(pipe: Any, config: mdtv2.Config | tuple[mdtv2.Config, int]) -> Iterator[Stage]:
