@@ -204,8 +204,8 @@ class Language(nn.Module):
         width = config.language_width
         self.words, self.embed = nn.Embedding(config.words, width), nn.Linear(config.depth, width)
         self.model = GPT2Model(GPT2Config(
-            vocab_size=1, n_embd=width, n_layer=config.language_layers, n_head=config.language_heads,
-            n_positions=config.text + config.context * config.tokens, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+            vocab_size=1, bos_token_id=0, eos_token_id=0, resid_pdrop=0, n_embd=width, n_layer=config.language_layers,
+            n_head=config.language_heads, embd_pdrop=0, attn_pdrop=0, n_positions=config.text + config.context * config.tokens))
         self.model.wte = nn.Identity()                                  # it is given vectors
         self.head = nn.Linear(width, 2 * config.components * config.depth + config.components)
 
