@@ -90,6 +90,9 @@ class Family:
     image_to_image: type | None = None
     row: str = ""
 
+    def __str__(self) -> str:
+        return self.name
+
     def pipe(self, **kwargs) -> Any:
         torch.manual_seed(0)
         pipe = self.make(**kwargs)
