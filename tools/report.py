@@ -2,9 +2,10 @@
 
 `python tools/report.py` writes `build/report/index.html`, one page with pictures side by side, a plot and a table for each
 model, and `build/report/samples.png`, colour images plain, in fewer steps and by the methods that save most of those that
-stay close to the plain ones, which the site shows as `site/assets/samples.png`. Each method runs on one model, if it can on
-the one its paper is about. An unchanged tree keeps its report, and a changed one measures only what changed anew; the bench
-measures with more images and more care.
+stay close to the plain ones, which the site shows as `site/assets/samples.png`. `build/report/methods/<slug>.png` are the
+pictures of the methods' pages, `site/assets/methods`, with those of methods that edit or that convert a model. Each method
+runs on one model, if it can on the one its paper is about. An unchanged tree keeps its report, and a changed one measures only
+what changed anew; the bench measures with more images and more care.
 """
 from __future__ import annotations
 
@@ -18,23 +19,28 @@ import time
 from typing import Any
 
 import torch
+from PIL import Image
 
 from accel_tools.catalog import ROOT, Catalog, load
-from accel_tools.measure.arms import Arm
+from accel_tools.measure.arms import Arm, offering
 from accel_tools.measure.cells import Cells
 from accel_tools.measure.records import provenance
+from accel_tools.measure.stable_flow import draw, pairs
 from accel_tools.measure.sweep import Bench, Suite, Work, work
 from accel_tools.measure.tasks import TASKS, bundled
+from accel_tools.measure.trained import drop_in
 from accel_tools.pages.measured import SCORES, Measured, Run, allowed
 from accel_tools.pages.plots import figures
 from accel_tools.pages.text import environment, write
 from accel_tools.pages.verdict import verdict
 from accel_tools.pages.views import with_parents
 from accel_tools.zoo.pictures import address, frames, named, row, strip
+from methods._trained import weights_card
 
 OUT = ROOT / "build/report"
 SUITE = Suite("report", images=8, rounds=2, seeds=(0,))
 CURVE = (10, 5)                                            # fewer steps that the plain model also takes
+MORE = 4                                                   # how much stronger differences are shown than they are
 SHOWN, CLOSE = 4, 25.0                                     # methods among the samples, and dB to the plain images at least
 
 
@@ -103,6 +109,55 @@ def pictures(bench: Bench, arm: Arm) -> dict[str, str]:
     return {"moving": address(*frames(images)), "still": address(strip(images))}
 
 
+def strips(section: dict[str, Any]) -> dict[str, Image.Image]:
+    """Of each method of a model: its images below the plain ones and those of the fewer steps that cost about as much, and how
+    far it moved them. slug -> picture"""
+    drawn = list(zip(section["runs"], section["images"], strict=True))
+    plain, fewer = drawn[0][1], [each for each in drawn if each[0].kind == "fewer"]
+    found = {}
+    for run, images in drawn:
+        if run.kind == "method":
+            near = min(fewer, key=lambda each: abs(each[0].arm["macs"] - run.arm["macs"]), default=None)
+            rows = {"plain": plain, **({near[0].name: near[1]} if near else {}), run.name: images}
+            if images.shape == plain.shape and run.arm.get("psnr"):
+                rows[f"difference x {MORE}"] = (images - plain).abs() * MORE
+            found[run.slug] = named({name: row(each) if each.ndim == 4 else strip(each) for name, each in rows.items()})
+    return found
+
+
+def edits(catalog: Catalog, benches: dict[str, Bench]) -> dict[str, Image.Image]:
+    """Of each method that edits beside an original: originals, and edits drawn plain and by the method. slug -> picture"""
+    found, asked = {}, pairs()[:SUITE.images]
+    for slug, module in offering("PROMPTS").items():
+        for model, configs in catalog.entries[slug].bench.items():
+            if model in benches and slug not in found:
+                task, pipe = benches[model].task, benches[model].pipe
+                plain = torch.stack([draw(task, pipe, pair, seed) for seed, pair in enumerate(asked)])
+                with module.apply(pipe, module.Config(**configs[0])):
+                    by = torch.stack([draw(task, pipe, pair, seed)[1] for seed, pair in enumerate(asked)])
+                found[slug] = named({"original": row(plain[:, 0]), "edit, plain": row(plain[:, 1]),
+                                     f"by {catalog.entries[slug].name}": row(by)})
+    return found
+
+
+def converted(catalog: Catalog, bench: Bench) -> dict[str, Image.Image]:
+    """Of each method that converts the bundled DiT: its digits below the plain ones. slug -> picture"""
+    found, plain = {}, bench.images(bench.plain, 0)
+    for slug, module in offering("TRAINED").items():
+        if hasattr(module, "convert") or hasattr(module, "compress"):
+            name = next(iter(module.TRAINED))
+
+            def sample(module=module, name=name) -> torch.Tensor:
+                pipe = bench.task.load()
+                pipe.transformer = drop_in(module, name)
+                return bench.task.sample(pipe, bench.task.steps, bench.prompts(0))
+            identity = bench.identity("converted", bench.plain, weights_of=weights_card(name)["sha256"], n=SUITE.images)
+            images = bench.cells.tensor(identity, sample)
+            found[slug] = named({"plain": row(plain), catalog.entries[slug].name: row(images),
+                                 f"difference x {MORE}": row((images - plain).abs() * MORE)})
+    return found
+
+
 def samples(sections: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Images of the model with most methods, of those that draw in colour if there are any: what to call them -> images."""
     colour = [each for each in sections if each["images"][0].shape[-3] == 3] or sections
@@ -145,6 +200,12 @@ def main(argv: list[str] | None = None) -> int:
     write(OUT / "index.html", page)
     if sections:
         named({name: row(images) for name, images in samples(sections).items()}).save(OUT / "samples.png", optimize=True)
+    (OUT / "methods").mkdir(parents=True, exist_ok=True)
+    shown = {slug: picture for section in sections for slug, picture in strips(section).items()} | edits(catalog, benches)
+    if "dit" in benches:
+        shown |= converted(catalog, benches["dit"])
+    for slug, picture in shown.items():
+        picture.save(OUT / f"methods/{slug}.png", optimize=True)
     write(OUT / "report.json", json.dumps({each["model"]: [{"name": run.label, **run.arm} for run in each["runs"]]
                                            for each in sections}, indent=1))
     write(stamp, key)

@@ -53,5 +53,8 @@ def test_the_page_shows_every_model(tmp_path, monkeypatch, capsys):
     numbers = json.loads((tmp_path / "report.json").read_text())
     assert list(numbers) == list(UNTRAINED) and all(run["speedup"] > 0 for runs in numbers.values() for run in runs)
     assert (tmp_path / "samples.png").stat().st_size > 500
+    drawn = {path.stem for path in (tmp_path / "methods").glob("*.png")}
+    assert {"fora", "deepcache", "pfdiff", "tome", "sjd"} <= drawn                # those of the page, and with them
+    assert {"cesdi", "stable_flow", "headrouter"} | {"acm", "diff_pruning", "dydit"} <= drawn           # edits, and conversions
     capsys.readouterr()
     assert report.main(["--model", *UNTRAINED]) == 0 and "is up to date" in capsys.readouterr().out

@@ -26,6 +26,7 @@ class Site:
     hashes: dict[str, str] = field(default_factory=dict)                # slug -> hash of its code as it is now
     uses: dict[str, list[str]] = field(default_factory=dict)            # slug -> kernels reached by its imports
     samples: bool = False                                               # site/assets/samples.png is there
+    strips: frozenset[str] = frozenset()                                # methods with site/assets/methods/<slug>.png
     pictures: frozenset[str] = frozenset()                              # bundled models with site/assets/models/<name>.png
     zoo: dict[str, dict] = field(default_factory=dict)                  # bundled model -> its card
     trained: dict[str, dict] = field(default_factory=dict)              # trained weights of methods -> their card
@@ -57,6 +58,7 @@ def read(root: Path = ROOT) -> Site:
         hashes={slug: code.hash(slug) for slug in modules},
         uses=uses,
         samples=(root / "site/assets/samples.png").exists(),
+        strips=frozenset(path.stem for path in (root / "site/assets/methods").glob("*.png")),
         pictures=frozenset(path.stem for path in (root / "site/assets/models").glob("*.png")),
         zoo={path.stem: _json(path) for path in sorted((root / "methods/_zoo").glob("*.json"))
              if path.with_suffix(".safetensors").exists()},
