@@ -14,9 +14,9 @@ import sys
 
 import torch
 
-import methods
 from accel_tools.catalog.citation import InputError
 from accel_tools.new_family import pipeline
+from methods._core.check import check
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         pipe, given = pipeline(args.pipe, args.prompt, args.arguments)
         pipe.set_progress_bar_config(disable=True)
-        print(methods.check(pipe, None if args.dry else lambda: pipe(**given, generator=torch.Generator().manual_seed(0))))
+        print(check(pipe, None if args.dry else lambda: pipe(**given, generator=torch.Generator().manual_seed(0))))
     except (InputError, TypeError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,6 +1,7 @@
 """The runs a measurement compares: the model as it is, the same with fewer steps, a method. All are sampled alike."""
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from accel_tools.catalog.source import Source
 from methods._core.patch import Patch
 
 
+@functools.cache
 def offering(name: str) -> dict[str, ModuleType]:
     """By slug, the modules of methods that define `name`, or the files tools/measure/<slug>.py beside them that do."""
     source, found = Source(), {}
