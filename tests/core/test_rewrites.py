@@ -144,11 +144,11 @@ SKIPPING = dict(skip_guidance_layers=[0], skip_layer_guidance_start=0.0, skip_la
                                   if any(family.name == "sd3" for family in contract.working(m))])
 def test_an_extra_call_with_layers_skipped_is_served(slug):
     method, family = importlib.import_module(f"methods.{slug}"), FAMILIES["sd3"]
-    pipe = family.pipe()
-    plain = family.run(pipe, steps=STEPS, **SKIPPING)
+    pipe, setting = family.pipe(), SKIPPING | contract.several(method)
+    plain = family.run(pipe, steps=STEPS, **setting)
     with method.apply(pipe, contract.engaging(method)) as patch:
-        out = family.run(pipe, steps=STEPS, **SKIPPING)
+        out = family.run(pipe, steps=STEPS, **setting)
         assert patch.report()["state"] == "engaged" and out.isfinite().all() and not torch.equal(out, plain)
-        assert torch.equal(family.run(pipe, steps=STEPS, **SKIPPING), out)
-    assert torch.equal(family.run(pipe, steps=STEPS, **SKIPPING), plain)
+        assert torch.equal(family.run(pipe, steps=STEPS, **setting), out)
+    assert torch.equal(family.run(pipe, steps=STEPS, **setting), plain)
     assert Family.model(pipe) is pipe.transformer
