@@ -146,6 +146,7 @@ def by_hand(pipe, steps, book, monitored, window, strides, motion):
     return pipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps, layers, setting", [
     (12, 3, dict(monitored=(1,))), (9, 2, dict(monitored=(0, 1))),
     (14, 3, dict(monitored=(1,), motion=True)), (11, 2, dict(monitored=(0, 1), motion=True, window=(2, 6), strides=(1, 2)))])

@@ -23,6 +23,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "OUT", tmp_path)
 
 
+@pytest.mark.slow
 def test_each_method_is_shown_where_its_paper_leads(tmp_path):
     benches = {model: Bench(task, report.SUITE, Cells(tmp_path)) for model, task in UNTRAINED.items()}
     found = report.homes(load(), benches)
@@ -32,6 +33,7 @@ def test_each_method_is_shown_where_its_paper_leads(tmp_path):
     assert dict(found["unet"])["deepcache"] == {"interval": 2}                           # the first config of its entry
 
 
+@pytest.mark.slow
 def test_without_the_papers_model_a_method_goes_where_it_works(tmp_path):
     found = report.homes(load(), {"dit": Bench(UNTRAINED["dit"], report.SUITE, Cells(tmp_path))})
     assert "tome" in dict(found["dit"]) and "deepcache" not in dict(found["dit"])

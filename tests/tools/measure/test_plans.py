@@ -16,6 +16,7 @@ def small(monkeypatch):
     monkeypatch.setattr(plans, "SHAPES", {"a small grid": (2, 8, 8, 320)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [way for way in plans.ways() if way not in ("plan of tome", "product")])
 def test_every_way_reduces_and_restores(way):
     if way == "tomesd":
