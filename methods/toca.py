@@ -172,9 +172,10 @@ class _Branch(Rows):
     What ranks the tokens is common to a block: the mass (B, N) of its self-attention or the entropy of its cross-attention.
     """
 
-    def __init__(self, block: Block, branch: Branch, slots: tuple[Slot, Slot, Slot, Slot], depth: float):
+    def __init__(self, block: Block, branch: Branch, slots: tuple[Slot, Slot, Slot, Slot], depth: float, mean_first: bool):
         super().__init__(slots[0])
-        self.block, self.branch, self.depth, self.guided, self.unit, self.mean_first = block, branch, depth, False, True, False
+        self.block, self.branch, self.depth, self.mean_first = block, branch, depth, mean_first
+        self.guided, self.unit = False, True
         self.stale, self.mass, self.entropy = slots[1:]
 
     def wire(self, patch: Patch, scored: bool) -> None:
@@ -211,8 +212,7 @@ class Layers:
 
     def __init__(self, patch: Patch, config: Config, weigh: Callable | None = with_mass):
         patch.require_pipeline()
-        denoiser = patch.denoiser
-        self.patch, self.config = patch, config
+        self.patch, self.config, denoiser = patch, config, patch.denoiser
         able = not denoiser.unet and denoiser.row.latents == 1 and all(block.by_rows for block in denoiser.blocks)
         self.blocks = patch.require(denoiser.blocks if able else (), "chain of blocks over one latent with feed-forwards")
         self.schedule = schedule_of(self.blocks) if config.schedule == "auto" else config.schedule
@@ -229,7 +229,8 @@ class Layers:
             total = None
             for branch in block.branches:
                 if branch.module is not block.attn:
-                    self.branches.append(_Branch(block, branch, (patch.slot(), patch.slot(), mass, scored_by), depth))
+                    slots = patch.slot(), patch.slot(), mass, scored_by
+                    self.branches.append(_Branch(block, branch, slots, depth, config.mean_map_entropy))
                     self.branches[-1].wire(patch, by_entropy)
                     total = self.branches[-1] if branch.feeds else None
             self.attentions.append(Held(block, patch.slot(), mass, total, weigh))
@@ -250,7 +251,7 @@ class Layers:
             patch.tally(not attention.full, 1)
             patch.skips(() if attention.full else (attention.block.attn,))
         for branch in self.branches:
-            branch.guided, branch.mean_first, branch.index = context.guided, self.config.mean_map_entropy, None
+            branch.guided, branch.index = context.guided, None
             if full if branch.block.index == 0 else deep:
                 branch.stale.value, renewed = None, 1.0
             else:
