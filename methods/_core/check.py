@@ -81,11 +81,16 @@ def check(pipe: Any, run: Callable[[], Any] | None = None) -> Check:
     return Check(type(model).__name__, tuple(found))
 
 
+def settings(method: ModuleType) -> tuple[dict[str, Any], ...]:
+    """What is tried on a model in turn: the default, what the method names in `ELSEWHERE`, and tokens a level further down."""
+    deeper = [{"max_downsample": 2}] if "max_downsample" in {each.name for each in fields(method.Config)} else []
+    return {}, *getattr(method, "ELSEWHERE", ()), *deeper
+
+
 def _try(method: ModuleType, pipe: Any, run: Callable[[], Any] | None) -> Found:
     """The first of its settings that engages, else what it said to the first."""
     name, first = method.__name__.rpartition(".")[2], None
-    deeper = [{"max_downsample": 2}] if "max_downsample" in {each.name for each in fields(method.Config)} else []
-    for setting in ({}, *getattr(method, "ELSEWHERE", ()), *deeper):
+    for setting in settings(method):
         try:
             with method.apply(pipe, method.Config(**setting)) as patch:
                 if run is None:

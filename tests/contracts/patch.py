@@ -37,6 +37,7 @@ from families import FAMILIES, FIRST, Family
 
 from accel_tools.measure.macs import count_macs
 from methods._core import patch as patch_module
+from methods._core.check import settings
 from methods._core.context import Run
 from methods._core.patch import Patch
 from methods._core.site import Claim
@@ -112,9 +113,8 @@ def attempt(method: ModuleType, family: Family) -> dict[str, Any]:
     refused, the settings of its `ELSEWHERE` are tried, and reducers of tokens a level further down; `with` says which works.
     """
     config, pipe = engaging(method), untouched(family.name)
-    changes = [*getattr(method, "ELSEWHERE", ()), *([{"max_downsample": 2}] if hasattr(config, "max_downsample") else [])]
     found: dict[str, Any] = {}
-    for change in ({}, *changes):
+    for change in settings(method):
         try:
             patch = method.apply(pipe, replace(config, **change))
         except ValueError as refusal:
