@@ -10,14 +10,9 @@ from torch.nn import functional as F
 
 from accel_tools.measure.macs import count_macs
 from accel_tools.measure.quality import quality
-from accel_tools.measure.trained import SEEDS
+from accel_tools.measure.trained import SEEDS, averaged
 
 SAMPLES = 100                                    # for each seed
-
-
-def averaged(name: str, values: list[float]) -> dict[str, Any]:
-    """The mean of `values` by its name, and their range."""
-    return {name: sum(values) / len(values), f"{name}_spread": [min(values), max(values)]}
 
 
 def linear(known: Tensor, labels: Tensor, asked: Tensor, right: Tensor) -> float:

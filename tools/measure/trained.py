@@ -115,6 +115,11 @@ def metrics(slug: str, name: str, n: int, seed: int = 0, scale: float = 1.0) -> 
                     "frechet_real_vs_real": task.real_frechet(each)["frechet"]})
 
 
+def averaged(name: str, values: list[float]) -> dict[str, Any]:
+    """The mean of `values` by its name, and their range."""
+    return {name: sum(values) / len(values), f"{name}_spread": [min(values), max(values)]}
+
+
 @cache
 def drawn(n: int, steps: int, model: nn.Module | None = None) -> dict[str, Any]:
     """What `n` digits cost and what the judge says of them, drawn by the bundled DiT, or by `model` in its pipeline: means
@@ -126,6 +131,5 @@ def drawn(n: int, steps: int, model: nn.Module | None = None) -> dict[str, Any]:
     found = [task.quality(task.sample(pipe, steps, prompts, seed=seed), prompts) for seed in SEEDS]
     row: dict[str, Any] = {"steps": steps, "macs_per_image": macs}
     for key in ("label_accuracy", "frechet"):
-        values = [each[key] for each in found]
-        row |= {key: sum(values) / len(values), f"{key}_spread": [min(values), max(values)]}
+        row |= averaged(key, [each[key] for each in found])
     return row
