@@ -127,16 +127,21 @@ def strips(section: dict[str, Any]) -> dict[str, Image.Image]:
 
 def edits(catalog: Catalog, benches: dict[str, Bench]) -> dict[str, Image.Image]:
     """Of each method that edits beside an original: originals, and edits drawn plain and by the method. slug -> picture"""
+    def drawn(bench: Bench, arm: Arm) -> torch.Tensor:
+        """(n, 2, C, H, W): of each pair of prompts the original and its edit."""
+        def all_pairs() -> torch.Tensor:
+            with arm.applied(bench.pipe):
+                return torch.stack([draw(bench.task, bench.pipe, pair, seed) for seed, pair in enumerate(asked)])
+        return bench.cells.tensor(bench.identity("edits", arm, n=len(asked)), all_pairs)
+
     found, asked = {}, pairs()[:SUITE.images]
-    for slug, module in offering("PROMPTS").items():
-        for model, configs in catalog.entries[slug].bench.items():
-            if model in benches and slug not in found:
-                task, pipe = benches[model].task, benches[model].pipe
-                plain = torch.stack([draw(task, pipe, pair, seed) for seed, pair in enumerate(asked)])
-                with module.apply(pipe, module.Config(**configs[0])):
-                    by = torch.stack([draw(task, pipe, pair, seed)[1] for seed, pair in enumerate(asked)])
-                found[slug] = named({"original": row(plain[:, 0]), "edit, plain": row(plain[:, 1]),
-                                     f"by {catalog.entries[slug].name}": row(by)})
+    for slug in offering("PROMPTS"):
+        entry = catalog.entries[slug]
+        if model := next((model for model in entry.bench if model in benches), None):
+            bench = benches[model]
+            plain, by = (drawn(bench, arm) for arm in (bench.plain, Arm(bench.task.steps, slug, entry.bench[model][0])))
+            found[slug] = named({"original": row(plain[:, 0]), "edit, plain": row(plain[:, 1]),
+                                 f"by {entry.name}": row(by[:, 1])})
     return found
 
 

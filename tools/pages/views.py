@@ -180,7 +180,7 @@ class Choice:
     @property
     def worth(self) -> tuple:
         """What one should try first comes first: by what it is worth here, then by what is reported, never by bare speed."""
-        word = ["better", "trades", None, "loses"].index(self.said.word if self.said else None)
+        word = ["better", "trades", None, "loses"].index(self.said and self.said.word)
         return word, -faster(self.claim) if self.claim else 0, self.entry.name.casefold()
 
 
@@ -226,8 +226,8 @@ def _worthiest(tables: list[dict], slug: str) -> tuple[Run | None, Verdict | Non
     """Of the runs of a method, one that fewer steps do not beat if there is such a one, then the fastest. -> run, verdict,
     model"""
     runs = [(run, table["said"][id(run)], table["model"]) for table in tables for run, _ in table["runs"] if run.slug == slug]
-    order = {"better": 0, "trades": 1, "loses": 2}
-    return min(runs, key=lambda each: (order[each[1].word] if each[1] else 3, -each[0].arm.get("speedup", 0)),
+    order = [*WORDS, None]
+    return min(runs, key=lambda each: (order.index(each[1] and each[1].word), -each[0].arm.get("speedup", 0)),
                default=(None, None, ""))
 
 
@@ -343,11 +343,11 @@ def glance(site: Site, entry: Entry, tables: list[dict]) -> dict:
     """What one wants to know first of a method: where it runs, with how many it stacks, the best that was measured and
     reported."""
     run, said, model = _worthiest(tables, entry.slug)
-    stacks = [each for a, row in site.pairs.items() for b, found in row.items() if entry.slug in (a, b)
-              for each in [any(verdict is True for verdict in found.values())]]
+    pairs = [found for a, row in site.pairs.items() for b, found in row.items() if entry.slug in (a, b)]
     families = tested(site, entry.slug)
     changed = next((result["with"] for result in families.values() if result.get("with")), {})
-    return {"run": run, "said": said, "model": model, "stacks": sum(stacks), "pairs": len(stacks),
+    return {"run": run, "said": said, "model": model,
+            "stacks": sum(True in found.values() for found in pairs), "pairs": len(pairs),
             "runs": sum(result["works"] for result in families.values()), "families": len(families),
             "setting": ", ".join(f"{key}={value!r}" for key, value in changed.items()),
             "reported": max((each for each in entry.reported if faster(each)), key=faster, default=None)}
