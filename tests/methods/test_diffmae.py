@@ -4,11 +4,12 @@ from dataclasses import replace
 import pytest
 import torch
 from contracts import module
+from drawn import digits
 from torch import nn
 
 import methods
 from accel_tools.measure.macs import count_macs
-from methods import diffmae, titok
+from methods import diffmae
 from methods._core.masking import Masking, random_mask
 from methods._core.noise import Noising
 from methods._core.parts import patchify
@@ -182,9 +183,7 @@ def test_one_step_is_nearer_and_many_are_sharper(bundled):
 
 @torch.no_grad()
 def test_it_knows_more_than_nothing_of_what_is_masked(bundled):
-    model, tokenizer = bundled[0], titok.build(titok.TRAINED["titok-16"])
-    titok.load(tokenizer, methods.weights("titok-16"))
-    images = tokenizer.decode(titok.generate(tokenizer, torch.arange(50) % 10, generator(7), steps=4)).clamp(-1, 1)
+    model, (images, _) = bundled[0], digits(50)
     masking = random_mask(50, 64, 0.75, generator(8))
     drawn = diffmae.inpaint(model, images, masking, generator(9), steps=1)
     assert float((drawn - images).square().mean()) / 0.75 < 0.6 * float((images - images.mean()).square().mean())

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contracts import module
+from drawn import digits
 
 import methods
-from methods import imagefolder, titok
+from methods import imagefolder
 
 TINY = imagefolder.TINY
 RANDOM = torch.Generator().manual_seed(4)
@@ -213,10 +214,8 @@ def test_what_the_paper_says_holds_on_the_card():
 
 @torch.no_grad()
 def test_the_bundled_tokenizer_rebuilds_digits():
-    tokenizer, model = titok.build(titok.TRAINED["titok-16"]), imagefolder.build(imagefolder.TRAINED["imagefolder"])
-    titok.load(tokenizer, methods.weights("titok-16"))
+    model, (images, _) = imagefolder.build(imagefolder.TRAINED["imagefolder"]), digits()
     imagefolder.load(model, methods.weights("imagefolder"))
-    images = tokenizer.decode(titok.generate(tokenizer, torch.arange(40) % 10, generator(7), steps=4)).clamp(-1, 1)
     errors = [float((model.decode(tokens_of(model, images)[:n]) - images).square().mean()) for n in (1, 2, 3)]
     assert errors[2] < errors[0] and errors[2] < 0.6 * float(images.var())
     drawn = model.decode(imagefolder.generate(model, torch.arange(40) % 10, generator(8)))

@@ -3,11 +3,12 @@ from dataclasses import replace
 import pytest
 import torch
 from contracts import module
+from drawn import digits
 from torch import nn
 
 import methods
 from accel_tools.measure.macs import count_macs
-from methods import maskdit, titok
+from methods import maskdit
 from methods._core.masking import random_mask
 from methods._core.noise import Noisy
 from methods._core.parts import patchify
@@ -215,9 +216,7 @@ def test_bad_inputs_are_named():
 @torch.no_grad()
 def test_the_bundled_weights_know_digits_from_noise():
     """The error of an untrained network falls to less than 0.5 of it, on digits of another model."""
-    tokenizer, labels = titok.build(titok.TRAINED["titok-16"]), torch.arange(40) % 10
-    titok.load(tokenizer, methods.weights("titok-16"))
-    images = tokenizer.decode(titok.generate(tokenizer, labels, generator(7), steps=4)).clamp(-1, 1)
+    images, labels = digits()
     model = maskdit.build(maskdit.TRAINED["maskdit"])
     before = maskdit.loss(model, "whole", images, labels, generator(9))["dsm"]
     maskdit.load(model, methods.weights("maskdit"))

@@ -4,10 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 from contracts import module
+from drawn import digits
 
 import methods
 from accel_tools.measure.macs import count_macs
-from methods import mdtv2, titok
+from methods import mdtv2
 from methods._core.dit import ddpm, hidden
 from methods._core.masking import Masking, random_mask
 from methods._core.noise import Noising
@@ -220,9 +221,7 @@ def test_bad_inputs_are_named():
 @torch.no_grad()
 def test_the_bundled_weights_know_digits_from_noise():
     """The error of an untrained network falls to less than 0.2 of it, on digits of another model."""
-    tokenizer, labels = titok.build(titok.TRAINED["titok-16"]), torch.arange(40) % 10
-    titok.load(tokenizer, methods.weights("titok-16"))
-    images = tokenizer.decode(titok.generate(tokenizer, labels, generator(7), steps=4)).clamp(-1, 1)
+    images, labels = digits()
     model = mdtv2.build(mdtv2.TRAINED["mdtv2"])
     before = mdtv2.loss(model, "both", images, labels, generator(9))["plain"]
     mdtv2.load(model, methods.weights("mdtv2"))

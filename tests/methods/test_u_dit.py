@@ -5,10 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contracts import module
+from drawn import digits
 
 import methods
 from accel_tools.measure.macs import count_macs
-from methods import titok, u_dit
+from methods import u_dit
 from methods._core.dit import ddpm, hidden
 from methods._core.noise import Noising
 
@@ -233,9 +234,7 @@ def test_bad_inputs_are_named():
 @torch.no_grad()
 def test_the_bundled_weights_know_digits_from_noise():
     """The error of an untrained network falls to less than 0.2 of it, on digits of another model."""
-    tokenizer, labels = titok.build(titok.TRAINED["titok-16"]), torch.arange(40) % 10
-    titok.load(tokenizer, methods.weights("titok-16"))
-    images = tokenizer.decode(titok.generate(tokenizer, labels, generator(7), steps=4)).clamp(-1, 1)
+    images, labels = digits()
     model = u_dit.build(u_dit.TRAINED["u_dit"])
     before = u_dit.loss(model, "all", F.pixel_unshuffle(images, 2), labels, generator(9))["simple"]
     u_dit.load(model, methods.weights("u_dit"))
