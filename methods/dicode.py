@@ -41,7 +41,7 @@ Example
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,8 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
 
-from methods._core.learning import load, save
+from methods._core import learning
+from methods._core.learning import check_sizes, load, save, seeded
 from methods._core.noise import Noising
 from methods._core.parts import Block, learnt, patchify, unpatchify
 
@@ -82,13 +83,7 @@ class Config:
     seed: int = 0                      # of the initial weights
 
     def __post_init__(self):
-        for field in fields(self):
-            value, least = getattr(self, field.name), int(type(field.default) is int)
-            if field.name != "seed" and not least <= value < math.inf:
-                raise ValueError(f"{field.name}={value} must be a number of at least {least}")
-        for part, whole in (("patch", "size"), ("heads", "width"), ("language_heads", "language_width")):
-            if getattr(self, whole) % getattr(self, part):
-                raise ValueError(f"{part}={getattr(self, part)} must divide {whole}={getattr(self, whole)}")
+        check_sizes(self, [("patch", "size"), ("heads", "width"), ("language_heads", "language_width")])
 
     @property
     def tokens(self) -> int:
@@ -249,8 +244,7 @@ class DiCoDe(nn.Module):
 
 def build(config: Config, frames: nn.Module | None = None) -> DiCoDe:
     """The network, untrained, with a frame encoder (B, C, H, W) -> (B, features, h, w) that nothing trains."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
+    with seeded(config.seed):
         layer = nn.Conv2d(config.channels, config.features, config.patch, config.patch)
         return DiCoDe(config, layer if frames is None else frames.eval().requires_grad_(False))
 
@@ -259,12 +253,8 @@ STAGES = {"tokens": ("resampler", "denoiser"), "language": ("language",)}
 
 
 def enter(model: DiCoDe, stage: str) -> list[nn.Parameter]:
-    """Freeze all but the parts that `stage` trains, a key of STAGES. -> the parameters for its optimiser"""
-    if stage not in STAGES:
-        raise ValueError(f"stage={stage!r} must be one of {', '.join(STAGES)}")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.split(".")[0] in STAGES[stage])
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Let train what `stage` trains, a key of STAGES. -> the parameters for its optimiser"""
+    return learning.enter(model, STAGES, stage)
 
 
 def loss(model: DiCoDe, stage: str, x: Tensor, words: Tensor | None = None, random: torch.Generator | None = None,

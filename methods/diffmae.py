@@ -49,7 +49,7 @@ from torch.nn import functional as F
 from methods._core import learning
 from methods._core.ancestral import ancestral, spaced
 from methods._core.dit import Level
-from methods._core.learning import check_sizes, load, save
+from methods._core.learning import check_sizes, load, save, seeded
 from methods._core.masking import Masking, random_mask
 from methods._core.noise import Noising, stratified
 from methods._core.parts import Block, learnt, patchify, unpatchify
@@ -162,8 +162,7 @@ def macs(config: Config) -> tuple[int, int]:
 
 def build(config: Config = Config()) -> DiffMAE:
     """The network, untrained."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
+    with seeded(config.seed):
         return DiffMAE(config)
 
 
@@ -191,8 +190,7 @@ def loss(model: DiffMAE, stage: str, x0: Tensor, random: torch.Generator) -> dic
     if stage not in STAGES:
         raise ValueError(f"stage={stage!r} must be one of {', '.join(STAGES)}")
     config = model.config
-    masking = random_mask(len(x0), config.tokens, config.ratio, random)
-    masking = masking._replace(order=masking.order.to(x0.device))
+    masking = random_mask(len(x0), config.tokens, config.ratio, random).to(x0.device)
     t = config.lowest + (stratified(len(x0), random) * (LEVELS - config.lowest)).long()
     noisy = Noising(schedule()).sample(masking.drop(patchify(x0, config.patch)), random, t=t)
     said = model.decode(noisy.x, noisy.t, masking, model.encode(x0, masking))

@@ -40,7 +40,6 @@ Example
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +49,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from methods._core.around import Around, image_blocks, swap
+from methods._core.around import Around, before_calls, image_blocks, swap
 from methods._core.denoiser import check_whole, describe
 from methods._core.finetuning import check_trainable, labelled
 from methods._core.learning import Stage, load, save, train_only
@@ -158,9 +157,8 @@ class Shares(nn.Module):
         """(L, R) within [0.1, 1], with the gradient of what they are made of."""
         return self.shares + (self.shares.clamp(LEAST, 1) - self.shares).detach()
 
-    def decide(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def decide(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Before a call of the model: how many tokens each block keeps."""
-        inputs = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
         check_whole(describe(model).blocks)
         t = torch.as_tensor(inputs["timestep"]).flatten()
         regions = (t * self.config.regions // STEPS).long().clamp(0, self.config.regions - 1).unique()
@@ -212,7 +210,7 @@ def convert(model: nn.Module, config: Config = Config()) -> nn.Module:
         block.module.ff = Weighted(block.ff)
     swap(model, {block.module: Routed(block.module, block.attn.to_q, config, random) for block in blocks})
     model.shares = Shares(len(blocks), config).to(model.device, model.dtype)
-    model.register_forward_pre_hook(model.shares.decide, with_kwargs=True)
+    before_calls(model, model.shares.decide)
     train_only(model, None if config.tuned is None else ("shares.", "router.", *config.tuned))
     model.shares.shares.requires_grad_(config.learnt)
     return model

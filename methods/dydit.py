@@ -41,7 +41,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,7 +51,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods._core import width
+from methods._core.around import before_calls
 from methods._core.denoiser import Block, describe
+from methods._core.finetuning import check_trainable, labelled
 from methods._core.learning import Stage, load, save, train_only
 from methods._core.noise import Noising
 from methods._core.routing import gate, through
@@ -151,12 +152,11 @@ class Routers(nn.ModuleList):
         self.off = False                                   # whether all gates are open, whatever the routers say
         self.said: tuple[Tensor, Tensor] | None = None     # of heads and channels in the last call
 
-    def decide(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def decide(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Before a call: open what its timesteps need; where they are one, that is a static sub-network."""
         self.forget(model)
         if self.off:
             return
-        inputs = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
         t = torch.as_tensor(inputs["timestep"]).to(self[0].heads.weight.device).expand(len(inputs["hidden_states"]))
         static = self.random is None and bool((t == t[0]).all())
         self.said = subnetworks(model, t[:1] if static else t)
@@ -236,7 +236,7 @@ def convert(model: nn.Module, config: Config = Config()) -> nn.Module:
         norm = getattr(block.module, "norm3", None) or block.module.norm2               # the one before the MLP
         norm.register_forward_pre_hook(functools.partial(routers.look, router, mlp))
         block.module.attn1, block.module.ff = width.Heads(block.attn), mlp
-    model.register_forward_pre_hook(routers.decide, with_kwargs=True)
+    before_calls(model, routers.decide)
     train_only(model, None if config.backbone is None else ("routers.", *config.backbone))
     return model
 
@@ -271,10 +271,7 @@ def loss(model: nn.Module, noising: Noising, x0: Tensor, *, step: int, random: t
         ValueError: not converted, in training mode, or with gradient checkpointing.
     """
     routers = _routers(model)
-    if model.training:
-        raise ValueError("the model is in training mode, in which each block drops labels by itself: call model.eval()")
-    if getattr(model, "gradient_checkpointing", False):
-        raise ValueError("gradient checkpointing runs blocks again when their gates are gone: switch it off")
+    check_trainable(model)
     config, noisy, target = routers.config, noising.sample(x0, random), annealed(step, routers.config)
     call = functools.partial(model, hidden_states=noisy.x, timestep=noisy.t, **conditions)
     with routers.under(model, random):
@@ -289,12 +286,4 @@ def loss(model: nn.Module, noising: Noising, x0: Tensor, *, step: int, random: t
 
 def training(pipe: Any, config: Config) -> Iterator[Stage]:
     """How the bundled DiT is trained on digits, by `python tools/train_zoo.py --method dydit`."""
-    model, noising = convert(pipe.transformer, config), Noising(pipe.scheduler)
-    null = model.config.num_embeds_ada_norm
-
-    def step_loss(images: Tensor, labels: Tensor, step: int, random: torch.Generator) -> dict[str, Tensor]:
-        labels = labels.where((torch.rand(len(labels), generator=random) >= 0.1).to(labels.device), null)
-        with torch.autocast(images.device.type, dtype=torch.bfloat16):
-            return loss(model, noising, images, step=step, random=random, class_labels=labels)
-
-    yield Stage(model=model, loss=step_loss, steps=1200, batch=16, lr=3e-4, rates={"routers": 30.0})
+    yield labelled(pipe, convert(pipe.transformer, config), loss, steps=1200, lr=3e-4, rates={"routers": 30.0})

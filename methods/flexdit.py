@@ -39,7 +39,6 @@ Example
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -48,11 +47,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods._core.around import Around, First, FirstAsk, image_blocks, swap
+from methods._core.around import Around, First, FirstAsk, before_calls, image_blocks, swap
 from methods._core.denoiser import Block, check_whole, describe
 from methods._core.finetuning import check_trainable, labelled
 from methods._core.learning import Stage, load, save, train_only
 from methods._core.noise import Noising, stratified
+from methods._core.parts import zeroed
 
 __all__ = ["OFF", "RIVALS", "TINY", "TRAINED", "Config", "Density", "Generation", "Pooling", "Recovery", "convert", "costs",
            "load", "loss", "pool", "roles", "save", "side_at", "training", "widen"]
@@ -129,9 +129,8 @@ class Density(nn.Module):
         self.dense = self.sparse = (0, 0)
         self.full: Tensor | None = None
 
-    def decide(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def decide(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Before a call of the model. Of different timesteps the one that needs most tokens counts."""
-        inputs = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
         denoiser = describe(model)
         check_whole(denoiser.blocks)
         h, w = self.dense = denoiser.size(inputs)[1:]
@@ -190,12 +189,9 @@ class Recovery(Query):
     def __init__(self, block: Block, density: Density):
         super().__init__(block, density)
         like = block.attn.to_q
-        self.from_sparse, self.from_dense = (nn.utils.skip_init(nn.Linear, like.in_features, like.in_features,
-                                                                device=like.weight.device, dtype=like.weight.dtype)
-                                             for _ in range(2))
-        for layer in (self.from_sparse, self.from_dense):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.from_sparse, self.from_dense = (zeroed(nn.utils.skip_init(
+            nn.Linear, like.in_features, like.in_features, device=like.weight.device, dtype=like.weight.dtype))
+            for _ in range(2))
         nn.init.eye_(self.from_dense.weight)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -235,7 +231,7 @@ def convert(model: nn.Module, config: Config = Config()) -> nn.Module:
             made[block.module] = query = (Generation if role == "generation" else Recovery)(block, density)
             query.first, query.last = found[i - 1:i] != ["generation"], found[i + 1:i + 2] != ["recovery"]
     swap(model, made)
-    model.register_forward_pre_hook(density.decide, with_kwargs=True)
+    before_calls(model, density.decide)
     train_only(model, config.tuned)
     return model
 

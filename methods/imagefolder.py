@@ -46,7 +46,7 @@ from torch.nn import functional as F
 
 from methods._core import learning
 from methods._core.dit import Head, checked, hidden
-from methods._core.learning import check_sizes, load, save
+from methods._core.learning import check_sizes, load, save, seeded
 from methods._core.parts import Block, learnt, patchify, unpatchify
 from methods._core.residual import Coded, Quantiser, nucleus
 
@@ -221,8 +221,7 @@ class ImageFolder(nn.Module):
 
 def build(config: Config = Config()) -> ImageFolder:
     """The network, untrained."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
+    with seeded(config.seed):
         return ImageFolder(config)
 
 

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 from methods._core import learning
 from methods._core.dit import Head, Level, blocks, chain_macs, checked, hidden, positions
-from methods._core.learning import check_sizes, load, save
+from methods._core.learning import check_sizes, load, save, seeded
 from methods._core.masking import Masking, mean_over, random_mask
 from methods._core.noise import Noising, Noisy
 from methods._core.parts import learnt, patchify, unpatchify
@@ -159,8 +159,7 @@ def macs(config: Config, ratio: float = 0.0) -> int:
 
 def build(config: Config = Config()) -> MaskDiT:
     """The network, untrained: its output is zero at first."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
+    with seeded(config.seed):
         return MaskDiT(config)
 
 
@@ -193,8 +192,7 @@ def loss(model: MaskDiT, stage: str, x0: Tensor, labels: Tensor, random: torch.G
     noisy, labels = noising.sample(x0, random), hidden(labels, config.classes, config.drop, random)
     masking = None
     if stage == "masked":
-        masking = random_mask(len(x0), config.tokens, config.ratio, random)
-        masking = masking._replace(order=masking.order.to(x0.device))
+        masking = random_mask(len(x0), config.tokens, config.ratio, random).to(x0.device)
     said = model(noisy.x, noisy.t, labels, masking)
     said = said.to(torch.promote_types(said.dtype, torch.float32))
     error = patchify((said - noisy.target).square(), config.patch).mean(-1)      # by c_out: the weight of EDM is in it

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -42,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods._core.around import Around, image_blocks
+from methods._core.around import Around, before_calls, image_blocks
 from methods._core.denoiser import describe
 from methods._core.finetuning import check_trainable, labelled
 from methods._core.learning import Stage, load, save, train_only
@@ -111,9 +110,8 @@ class Stages(nn.Module):
         super().__init__()
         self.config = config
 
-    def decide(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def decide(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Before a call of the model: how many tokens its blocks merge."""
-        inputs = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
         denoiser = describe(model)
         size = denoiser.size(inputs)
         ratio = min(ratio_at(float(t), self.config) for t in torch.as_tensor(inputs["timestep"]).flatten().unique())
@@ -140,7 +138,7 @@ def convert(model: nn.Module, config: Config = Config()) -> nn.Module:
     for block in describe(model).blocks:
         setattr(block.module, block.row.attn, Merged(block.attn))
     model.stages = Stages(config)
-    model.register_forward_pre_hook(model.stages.decide, with_kwargs=True)
+    before_calls(model, model.stages.decide)
     train_only(model, config.tuned)
     return model
 

@@ -35,7 +35,6 @@ Example
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods._core.around import Around, image_blocks, swap
+from methods._core.around import Around, before_calls, image_blocks, swap
 from methods._core.denoiser import check_whole, describe
 from methods._core.finetuning import check_trainable, labelled
 from methods._core.learning import Stage, load, save, train_only
@@ -158,9 +157,8 @@ class Depth(nn.Module):
         self.calls, self.last, self.gap = 0, math.inf, math.inf
         self.shape: torch.Size | None = None
 
-    def decide(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def decide(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Before a call of the model: what share of the tokens the blocks take."""
-        inputs = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
         check_whole(describe(model).blocks)
         x, config = inputs["hidden_states"], self.config
         times = torch.as_tensor(inputs["timestep"]).to(x.device).flatten().expand(len(x))
@@ -220,7 +218,7 @@ def convert(model: nn.Module, config: Config = Config()) -> nn.Module:
     random = torch.Generator().manual_seed(config.seed)
     swap(model, {block.module: Routed(block.module, block.attn.to_q, config, random) for block in describe(model).blocks})
     model.depth = Depth(config)
-    model.register_forward_pre_hook(model.depth.decide, with_kwargs=True)
+    before_calls(model, model.depth.decide)
     train_only(model, ("router.", *config.tuned))
     return model
 

@@ -43,7 +43,7 @@ from torch.nn import functional as F
 
 from methods._core import learning
 from methods._core.dit import Head, Level, chain_macs, checked, ddpm, hidden, modulated, positions, sampled
-from methods._core.learning import check_sizes, load, save
+from methods._core.learning import check_sizes, load, save, seeded
 from methods._core.masking import Masking, random_mask
 from methods._core.noise import Noising, Noisy
 from methods._core.parts import Block, learnt, patchify, unpatchify
@@ -173,8 +173,7 @@ def macs(config: Config, ratio: float = 0.0) -> int:
 
 def build(config: Config = Config()) -> MDTv2:
     """The network, untrained: its output is zero at first."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
+    with seeded(config.seed):
         return MDTv2(config)
 
 
@@ -217,8 +216,7 @@ def loss(model: MDTv2, stage: str, x0: Tensor, labels: Tensor, random: torch.Gen
     if not config.ratio:
         return {"loss": plain + bound, "plain": plain}
     ratio = config.ratio + config.more * float(torch.rand((), generator=random))
-    masking = random_mask(len(x0), config.tokens, ratio, random)
-    masking = masking._replace(order=masking.order.to(x0.device))
+    masking = random_mask(len(x0), config.tokens, ratio, random).to(x0.device)
     masked, more = one(noising.sample(x0, random, t=noisy.t), masking)
     return {"loss": plain + bound + masked + more, "plain": plain, "masked": masked}
 

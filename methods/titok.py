@@ -43,7 +43,7 @@ Example
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,8 +51,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig, BertForTokenClassification
 
+from methods._core import learning
 from methods._core.codebook import Quantised, lookup, quantise
-from methods._core.learning import load, save
+from methods._core.learning import check_sizes, load, save, seeded
 from methods._core.parts import Block, learnt, patchify
 
 __all__ = ["STAGES", "TINY", "TRAINED", "Config", "TiTok", "build", "enter", "generate", "guidance", "hide", "load", "loss",
@@ -87,15 +88,7 @@ class Config:
     seed: int = 0                                  # of the initial weights
 
     def __post_init__(self):
-        for field in fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            if kind is int and field.name != "seed" and value < 1:
-                raise ValueError(f"{field.name}={value} must be at least 1")
-            if kind is float and not 0 <= value < math.inf:
-                raise ValueError(f"{field.name}={value} must be a number of at least 0")
-        for part, whole in (("patch", "size"), ("heads", "width"), ("generator_heads", "generator_width")):
-            if getattr(self, whole) % getattr(self, part):
-                raise ValueError(f"{part}={getattr(self, part)} must divide {whole}={getattr(self, whole)}")
+        check_sizes(self, [("patch", "size"), ("heads", "width"), ("generator_heads", "generator_width")])
         if self.schedule not in ("constant", "linear", "power-cosine"):
             raise ValueError(f"schedule={self.schedule!r} must be 'constant', 'linear' or 'power-cosine'")
 
@@ -201,8 +194,7 @@ def build(config: Config, codebook: Tensor | None = None, pixels: nn.Module | No
     Raises ValueError for a codebook of another shape."""
     if codebook is not None and codebook.shape != (config.proxy_codes, config.proxy_depth):
         raise ValueError(f"the codebook has shape {tuple(codebook.shape)}, not ({config.proxy_codes}, {config.proxy_depth})")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
+    with seeded(config.seed):
         model = TiTok(config, pixels or nn.ConvTranspose2d(config.proxy_depth, config.channels, config.patch, config.patch))
     if codebook is not None:
         model.proxy.data.copy_(codebook)
@@ -213,12 +205,8 @@ STAGES = {"proxy": ("encoder", "codes", "decoder"), "pixels": ("decoder", "proxy
 
 
 def enter(model: TiTok, stage: str) -> list[nn.Parameter]:
-    """Freeze all but the parts that `stage` trains, a key of STAGES. -> the parameters for its optimiser"""
-    if stage not in STAGES:
-        raise ValueError(f"stage={stage!r} must be one of {', '.join(STAGES)}")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.split(".")[0] in STAGES[stage])
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Let train what `stage` trains, a key of STAGES. -> the parameters for its optimiser"""
+    return learning.enter(model, STAGES, stage)
 
 
 def hide(batch: int, tokens: int, random: torch.Generator) -> Tensor:

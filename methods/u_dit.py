@@ -45,8 +45,9 @@ from torch.nn import functional as F
 
 from methods._core import learning
 from methods._core.dit import Level, checked, ddpm, hidden, sampled
-from methods._core.learning import check_sizes, load, save
+from methods._core.learning import check_sizes, load, save, seeded
 from methods._core.noise import Noising
+from methods._core.parts import zeroed
 
 __all__ = ["STAGES", "TINY", "TRAINED", "Attention", "Config", "FeedForward", "UDiT", "build", "cells", "enter", "fold",
            "generate", "load", "loss", "macs", "phases", "rotated", "save"]
@@ -168,18 +169,12 @@ class Layer(nn.Module):
     def __init__(self, dim: int, config: Config):
         super().__init__()
         self.attn, self.mlp = Attention(dim, config.heads, config.factor), FeedForward(dim, config.ratio * dim)
-        self.modulation = _zero(nn.Linear(dim, 6 * dim))
+        self.modulation = zeroed(nn.Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(cond)).chunk(6, dim=-1)
         x = x + gate1[..., None, None] * self.attn(_norm(x, shift1, scale1))
         return x + gate2[..., None, None] * self.mlp(_norm(x, shift2, scale2))
-
-
-def _zero(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 class UDiT(nn.Module):
@@ -197,8 +192,8 @@ class UDiT(nn.Module):
         self.up = nn.ModuleList(nn.Sequential(nn.Conv2d(n, 2 * n, 3, padding=1, bias=False), nn.PixelShuffle(2))
                                 for n in (4 * C, 2 * C))
         self.merge = nn.ModuleList(nn.Conv2d(n, 2 * C, 1) for n in (4 * C, 2 * C))
-        self.last, self.modulation = nn.Conv2d(2 * C, 2 * C, 3, padding=1), _zero(nn.Linear(2 * C, 4 * C))
-        self.head = _zero(nn.Conv2d(2 * C, 2 * config.channels, 3, padding=1))
+        self.last, self.modulation = nn.Conv2d(2 * C, 2 * C, 3, padding=1), zeroed(nn.Linear(2 * C, 4 * C))
+        self.head = zeroed(nn.Conv2d(2 * C, 2 * config.channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Noisy latents (B, C, H, W), times (B,) and labels (B,), `classes` for none -> noise and variance (B, 2C, H, W)."""
@@ -232,8 +227,7 @@ def macs(config: Config, folded: bool = True) -> int:
 
 def build(config: Config = Config()) -> UDiT:
     """The network, untrained: its output is zero at first."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
+    with seeded(config.seed):
         return UDiT(config)
 
 

@@ -1,7 +1,9 @@
 """A part of a model in the place of another, and around it."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -30,6 +32,15 @@ def swap(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
         for name, child in list(parent.named_children()):
             if child in made and made[child] is not parent:
                 parent._modules[name] = made[child]
+
+
+def before_calls(model: nn.Module, decide: Callable[[nn.Module, dict[str, Any]], None]) -> None:
+    """Have `decide(model, inputs)` called before each call of `model`, with its inputs by name."""
+    model.register_forward_pre_hook(functools.partial(_by_name, decide), with_kwargs=True)
+
+
+def _by_name(decide: Callable, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    decide(model, inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments)
 
 
 class Around(nn.Module):

@@ -11,7 +11,7 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
 from methods._core.ancestral import ancestral, spaced
-from methods._core.parts import Block
+from methods._core.parts import Block, zeroed
 
 FREQUENCIES = 256                                  # of the embedding of a noise level
 
@@ -42,10 +42,8 @@ class Head(nn.Module):
     def __init__(self, width: int, cond: int, out: int):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.modulation, self.linear = nn.Sequential(nn.SiLU(), nn.Linear(cond, 2 * width)), nn.Linear(width, out)
-        for layer in (self.modulation[1], self.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.modulation = nn.Sequential(nn.SiLU(), zeroed(nn.Linear(cond, 2 * width)))
+        self.linear = zeroed(nn.Linear(width, out))
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         return self.linear(modulated(self.norm(x), *self.modulation(cond).chunk(2, dim=-1)))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from methods._core.dit import hidden
 from methods._core.learning import Stage
 from methods._core.noise import Noising
 
@@ -46,7 +47,7 @@ def labelled(pipe: Any, model: nn.Module, loss: Callable[..., dict[str, Tensor]]
     noising, null = Noising(pipe.scheduler), model.config.num_embeds_ada_norm
 
     def step_loss(images: Tensor, labels: Tensor, step: int, random: torch.Generator) -> dict[str, Tensor]:
-        labels = labels.where((torch.rand(len(labels), generator=random) >= DROPPED).to(labels.device), null)
+        labels = hidden(labels, null, DROPPED, random)
         with torch.autocast(images.device.type, dtype=torch.bfloat16):
             return loss(model, noising, images, step=step, random=random, class_labels=labels)
 

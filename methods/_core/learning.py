@@ -5,7 +5,8 @@ The trained part of a model is what has `requires_grad`: a method sets it, and e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,14 @@ def load(model: nn.Module, path: str | Path) -> None:
             raise ValueError(f"{name} in {Path(path).name} has shape {tuple(state[name].shape)}, not {tuple(weight.shape)}")
     for name, weight in mine.items():
         weight.copy_(state[name])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within, what is drawn on the CPU without a generator comes from `seed`; the global generator stays where it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def enter(model: nn.Module, stages: Mapping[str, Sequence[str]], stage: str) -> list[nn.Parameter]:

@@ -23,6 +23,9 @@ class Masking(NamedTuple):
         """(B, N), true where a token is left out."""
         return torch.ones_like(self.order, dtype=torch.bool).scatter(1, self.kept, False)
 
+    def to(self, device: torch.device) -> Masking:
+        return self._replace(order=self.order.to(device))
+
     def keep(self, x: Tensor) -> Tensor:
         """(B or 1, N, C) -> (B, K, C): the tokens that stay."""
         return _rows(x, self.kept)

@@ -1,9 +1,13 @@
 """The plain parts of a vision transformer, for methods that are networks of their own: patches and blocks."""
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
@@ -30,6 +34,13 @@ def learnt(n: int, width: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(n, width) * width ** -0.5)
 
 
+def zeroed(layer: Layer) -> Layer:
+    """The layer, whose output is zero at first."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class Block(nn.Module):
     """A transformer block that normalises first (Dosovitskiy et al. 2021): attention, then an MLP of four times the width.
 
@@ -47,10 +58,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = (nn.LayerNorm(dim, **norms) for _ in range(2))
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        self.modulation = None if cond is None else nn.Sequential(nn.SiLU(), nn.Linear(cond, 6 * dim))
-        if self.modulation is not None:
-            nn.init.zeros_(self.modulation[1].weight)
-            nn.init.zeros_(self.modulation[1].bias)
+        self.modulation = None if cond is None else nn.Sequential(nn.SiLU(), zeroed(nn.Linear(cond, 6 * dim)))
 
     def attention(self, x: Tensor) -> Tensor:
         """Full self-attention over tokens (B, N, dim)."""

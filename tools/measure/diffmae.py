@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from accel_tools.measure.generators import averaged, linear
+from accel_tools.measure.generators import linear
 from accel_tools.measure.quality import quality
-from accel_tools.measure.trained import SEEDS
+from accel_tools.measure.trained import SEEDS, averaged
 from accel_tools.zoo import digits
 from methods import diffmae
 from methods._core.learning import Stage

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from accel_tools.measure.generators import worth
 from methods import u_dit
 from methods._core.dit import Head, Level, blocks, chain_macs, positions
-from methods._core.learning import Stage
+from methods._core.learning import Stage, seeded
 from methods._core.parts import patchify, unpatchify
 from methods.u_dit import TRAINED, build, macs
 
@@ -67,8 +67,7 @@ def steps_of(config: u_dit.Config | Plain) -> int:
 
 def training(pipe: Any, config: u_dit.Config | Plain) -> Iterator[Stage]:
     """The stage of one network. `pipe` is not used."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
+    with seeded(0):
         model = DiT(config) if isinstance(config, Plain) else build(config)
 
     def loss(images: Tensor, labels: Tensor, step: int, random: torch.Generator) -> dict[str, Tensor]:
