@@ -39,6 +39,7 @@ from torch import Tensor
 
 from methods._core.cache import Delta, chains
 from methods._core.context import StepContext
+from methods._core.look import relative_change
 from methods._core.patch import Patch, per_denoiser
 
 __all__ = ["COEFFICIENTS", "OFF", "TINY", "Config", "accumulate", "apply", "fit", "observe", "relative_change"]
@@ -62,12 +63,6 @@ class Config:
 
 OFF = Config(threshold=0.0)
 TINY = Config(threshold=1.2, coefficients=(1.0, 0.0))       # random weights change more from step to step
-
-
-def relative_change(new: Tensor, old: Tensor) -> float:
-    """Relative L1 distance of two tensors of one shape: mean |new - old| / mean |old|, one number for the whole batch."""
-    new, old = new.float(), old.float()
-    return float((new - old).abs().mean() / old.abs().mean())
 
 
 def accumulate(total: float, change: float, coefficients: tuple[float, ...], threshold: float) -> tuple[bool, float]:

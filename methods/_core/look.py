@@ -1,4 +1,4 @@
-"""What a transformer makes of its inputs before its first block attends, for methods that decide from it."""
+"""What a transformer makes of its inputs at its start, known before the call is made, for methods that decide from it."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +37,38 @@ def modulated_input(denoiser: Denoiser, inputs: dict[str, Any], patched: Iterabl
         except _Reached as reached:
             return reached.x
     raise RuntimeError(f"the first block of this {type(denoiser.model).__name__} was not reached")
+
+
+@torch.no_grad()
+def first_block(denoiser: Denoiser, inputs: dict[str, Any], patched: Iterable[nn.Module]) -> tuple[Tensor, Any]:
+    """What the first block adds for these inputs to its tokens (B, N, C), of two streams to those of the image, and all that
+    the block gives.
+
+    The model runs its own embedders and that block, as if nothing stood around the modules of `patched`, and stops there.
+    """
+    block, gave = denoiser.blocks[0], []
+    own = {name: dict(value) if isinstance(value, dict) else value for name, value in inputs.items()}     # models pop from them
+    with bare(patched):
+        forward = block.module.forward
+
+        def reach(*args, **kwargs):
+            before = block.streams(args, kwargs)[0].clone()             # some blocks write into what they are given
+            out = forward(*args, **kwargs)
+            gave.append(out)
+            raise _Reached(block.split(out)[0] - before)
+
+        with _called(block.module, reach):
+            try:
+                underneath(denoiser.model, **own)
+            except _Reached as reached:
+                return reached.x, gave[0]
+    raise RuntimeError(f"the first block of this {type(denoiser.model).__name__} was not reached")
+
+
+def relative_change(new: Tensor, old: Tensor) -> float:
+    """Relative L1 distance of two tensors of one shape: mean |new - old| / mean |old|, one number for the whole batch."""
+    new, old = new.float(), old.float()
+    return float((new - old).abs().mean() / old.abs().mean())
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from methods._core.cache import Slot
 from methods._core.context import CACHED, Rewrite, Run, StepContext, Watch, experts, split_target
 from methods._core.denoiser import Block, describe
 from methods._core.families.grids import Unknown
-from methods._core.look import modulated_input
+from methods._core.look import first_block, modulated_input
 from methods._core.site import Claim, attach, conflict, detach
 
 P = ParamSpec("P")
@@ -268,6 +268,11 @@ class Patch:
         """`modulated_input` of this call, as the model without any patch would have it."""
         patched = [module for patch in self.run.patches for module, _, function in patch._claims if function is not None]
         return modulated_input(self.denoiser, context.inputs, patched)
+
+    def run_first(self, context: StepContext) -> tuple[Tensor, Any]:
+        """`first_block` of this call, as the model without any patch would have it."""
+        patched = [module for patch in self.run.patches for module, _, function in patch._claims if function is not None]
+        return first_block(self.denoiser, context.inputs, patched)
 
     def skips(self, modules: Iterable[nn.Module]) -> None:
         """Say, in `each_call`, that this call of the denoiser will not run the inside of these patched modules."""

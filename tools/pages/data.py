@@ -50,7 +50,7 @@ def bib_entry(paper: Paper, vocab: Vocab) -> BibEntry:
     text = {"title": f"{{{_latex.unicode_to_latex(paper.title)}}}", "author": _bib_authors(paper),
             "year": str(paper.year)}
     venue = _latex.unicode_to_latex(paper.venue)
-    if paper.venue in ("arXiv", "OpenReview"):
+    if paper.venue in ("arXiv", "GitHub", "OpenReview"):
         kind, text["howpublished"] = "misc", venue
     elif vocab.venue[paper.venue].journal:
         kind, text["journal"] = "article", venue
