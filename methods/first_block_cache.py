@@ -13,8 +13,9 @@ Map
     reuse: what the other blocks added, to x1                methods._core.cache.Delta
 
 Departures
-    The first block is run ahead of the call, without other patches on its inside, and its output then given: so the decision
-    falls on the host, and blocks compile whole. That one block runs uncompiled, and embedders run twice.
+    The first block is run ahead of the call, without other patches, and its output then given: so the decision falls on the
+    host, and blocks compile whole. That one block runs uncompiled, and embedders run twice. Where another patch stands within
+    it, computed steps run it once more, with that patch.
     One distance is taken over the batch, as there; branches of guidance that are called apart have one each.
     A call with residuals of a ControlNet or with skipped layers computes all: diffusers' hooks lose residuals on reuse.
     Where a model lays its tokens out anew between blocks each part has its residual; their sum is that of diffusers.
@@ -55,7 +56,7 @@ class Config:
 
 
 OFF = Config(threshold=0.0)
-TINY = Config(threshold=2.0)      # random weights change more from step to step
+TINY = Config(threshold=1.4)      # random weights change more from step to step
 
 
 @per_denoiser
@@ -82,13 +83,14 @@ def apply(target: Any, config: Config = Config()) -> Patch:
         denoiser, due = context.denoiser, True
         if not denoiser.left_out(context.inputs):
             added, out = patch.run_first(context)
-            ahead.append(out)
             if (memory.value is not None and all(delta.ready for delta in deltas) and context.i >= config.warmup
                     and not denoiser.adds_between(context.inputs)):
                 seen.append(relative_change(added, memory.get()))
                 due = not seen[-1] <= config.threshold            # NaN, where nothing was added, computes
             if due:
                 memory.keep(added)
+            if not due or patch.unshared(first.module):
+                ahead.append(out)
         for delta in deltas:
             delta.reuse = not due
         patch.skips([first.module] * bool(ahead) + [block.module for block in rest] * (not due))

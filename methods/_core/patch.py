@@ -283,6 +283,12 @@ class Patch:
         return id(module) not in self.run.left_out and not any(
             patch._skipped and not patch._skipped.isdisjoint(patch._holders.get(id(module), ())) for patch in self.run.patches)
 
+    def unshared(self, module: nn.Module) -> bool:
+        """Whether no other patch of the model stands around `module` or within it."""
+        parts = set(map(id, module.modules()))
+        return not any(id(part) in parts for patch in self.run.patches if patch is not self
+                       for part, _, function in patch._claims if function is not None)
+
     @functools.cached_property
     def _holders(self) -> dict[int, set[int]]:
         """Id of each module -> ids of the patched modules that it is or lies in."""

@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import diffusers
 import pytest
 import torch
@@ -131,12 +133,17 @@ def test_cost_falls_and_distance_grows_along_the_threshold():
     assert distances == sorted(distances) and distances[0] == 0 < distances[-1]
 
 
-def test_the_first_block_is_plain_beside_a_method_within_blocks():
-    """Its output is given from the look ahead; the others merge."""
-    pipe = FAMILIES["dit"].pipe()
-    with tome.apply(pipe, tome.Config(ratio=0.5)) as inner, first_block_cache.apply(pipe, first_block_cache.TINY) as patch:
+@pytest.mark.parametrize("other", [None, tome], ids=["alone", "tome"])
+def test_the_first_block_runs_once_unless_another_patch_stands_in_it(other):
+    """Beside one that does, computed steps run it again, as that patch would have it; what decides is the plain block."""
+    pipe, ran = FAMILIES["dit"].pipe(), []
+    describe(pipe.transformer).blocks[0].ff.register_forward_hook(lambda *args: ran.append(1))
+    with (other.apply(pipe, other.Config(ratio=0.5)) if other else nullcontext(),
+          first_block_cache.apply(pipe, first_block_cache.TINY) as patch):
         FAMILIES["dit"].run(pipe, steps=6)
-        assert patch.report()["state"] == inner.report()["state"] == "engaged"
+        report = patch.report()
+    assert report["state"] == "engaged"
+    assert len(ran) == 6 + (report["computed"] if other else 0)
 
 
 @pytest.mark.parametrize("name", ["dit", "flux", "latte", "cogvideox"])
