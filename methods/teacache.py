@@ -8,7 +8,7 @@ timestep, are compared with those of the step before; a polynomial makes an expe
 While the sum of these stays below a threshold, the blocks are left out: what they added when they last ran is added again.
 
 Map
-    indicator     relative L1 distance of modulated inputs            relative_change, methods._core.look
+    indicator     relative L1 distance of modulated inputs            methods._core.look.relative_change
     rescaling     polynomial, fitted on pairs of changes              COEFFICIENTS, observe, fit
     accumulation  compute when the sum reaches the threshold          accumulate
     reuse         add the last residual of all blocks                 methods._core.cache.Delta
