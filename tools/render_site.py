@@ -18,9 +18,9 @@ import bibtexparser
 
 from accel_tools.catalog import ROOT, CatalogError
 from accel_tools.catalog.rows import SOURCE, fields, link
-from accel_tools.catalog.schema import TAG_AXES, Paper, Vocab
+from accel_tools.catalog.schema import TAG_AXES, Paper, Vocab, json_schema
 from accel_tools.pages import views
-from accel_tools.pages.data import as_bib, as_csv, as_json, bib_entry
+from accel_tools.pages.data import as_bib, as_csv, as_json, bib_entry, results_csv
 from accel_tools.pages.markdown_text import code, fence, md, number, prose
 from accel_tools.pages.measured import models
 from accel_tools.pages.site import Site, read
@@ -32,6 +32,7 @@ def pages(site: Site) -> dict[str, str]:
     catalog, entries = site.catalog, site.catalog.entries
     found: dict[str, str] = {
         "catalog.json": as_json(catalog), "catalog.csv": as_csv(catalog), "catalog.bib": as_bib(catalog),
+        "schema.json": json_schema(catalog.vocab),
     }
 
     def add(path: str, template: str, **context) -> None:
@@ -41,6 +42,9 @@ def pages(site: Site) -> dict[str, str]:
                                                       key=lambda model: model not in site.zoo)]
     tagged = {(axis, term): views.tagged(catalog, axis, term)
               for axis in views.AXES for term in getattr(catalog.vocab, axis).terms}
+    found["results.csv"] = results_csv(tables)
+    for name in ("compatibility", "pairs", "surroundings"):
+        found[f"{name}.json"] = json.dumps(getattr(site, name), indent=1, ensure_ascii=False) + "\n"
     by_date = sorted(entries.values(), key=lambda entry: (entry.since, entry.slug))
     errata = views.errata(catalog)
     add("index.md", "index.md.j2", tagged=tagged, errata=errata, quarters=views.quarters(by_date))
@@ -75,8 +79,8 @@ def pages(site: Site) -> dict[str, str]:
         add(table["path"], "measured_model.md.j2", table=table)
     add("zoo.md", "zoo.md.j2", curves={name: views.curve(card["loss"]) for name, card in site.zoo.items()})
     add("corrections.md", "corrections.md.j2", errata=errata)
-    add("download.md", "download.md.j2", errata=errata, sizes={name: len(found[name].encode()) for name in found
-                                                              if name.startswith("catalog.")})
+    add("download.md", "download.md.j2", errata=errata, sizes={name: len(text.encode()) for name, text in found.items()
+                                                              if not name.endswith(".md")})
     return found
 
 

@@ -2,7 +2,10 @@
 
     UPDATE_GOLDEN=1 pytest tests/site/test_pages.py     # accept what the toy catalogue renders to now
 """
+import csv
 import html
+import io
+import json
 import os
 import re
 import shutil
@@ -88,6 +91,21 @@ def test_source_of_a_page_keeps_its_lines():
     assert lines == toy.methods["alpha"].text.rstrip().split("\n")
     for name, line in toy.methods["alpha"].lines.items():
         assert name.split(".")[-1] in lines[line - 1]
+
+
+def test_results_as_a_file_have_one_line_for_each_run_of_the_pages():
+    toy = read(TOY)
+    rows = list(csv.DictReader(io.StringIO(pages(toy)["results.csv"])))
+    records = [(slug, record) for slug, result in toy.results.items() for record in result["records"]]
+    methods = [row for row in rows if row["kind"] == "method"]
+    assert sorted((row["slug"], row["model"]) for row in methods) == sorted(
+        (slug, record["model"]) for slug, record in records if "method" in record["arms"])
+    for row in methods:
+        record = next(record for slug, record in records if (slug, record["model"], record["config"])
+                      == (row["slug"], row["model"], json.loads(row["config"])))
+        assert json.loads(row["speedup"] or "null") == record["arms"]["method"].get("speedup")
+        assert bool(row["verdict"]) == bool(row["why"]) and row["stale"] == "yes"
+    assert {row["kind"] for row in rows} >= {"plain", "method"}
 
 
 def test_reported_and_measured_numbers_share_no_table():

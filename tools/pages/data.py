@@ -1,9 +1,11 @@
-"""The catalogue as data for others: JSON, CSV with one line per method, BibTeX."""
+"""The catalogue as data for others: JSON, CSV with one line a method, BibTeX; what was measured with one line a run."""
 from __future__ import annotations
 
 import csv
 import io
 import json
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import bibtexparser
 from bibtexparser.model import Entry as BibEntry
@@ -12,6 +14,7 @@ from pylatexenc.latexencode import UnicodeToLatexEncoder
 
 from accel_tools.catalog import Catalog
 from accel_tools.catalog.schema import TAG_AXES, Paper, Vocab
+from accel_tools.pages.views import METRICS, reading
 
 _latex = UnicodeToLatexEncoder(unknown_char_policy="keep", replacement_latex_protection="braces-all")
 
@@ -42,6 +45,24 @@ def as_csv(catalog: Catalog) -> str:
             **{axis: " ".join(getattr(entry.tags, axis)) for axis in TAG_AXES},
             "implemented": "no" if entry.pending else "yes",
         })
+    return out.getvalue()
+
+
+def results_csv(tables: Iterable[Mapping[str, Any]]) -> str:
+    """One line a measured run, of `views.table`s: plain sampling, fewer steps, methods and packages on every model."""
+    out = io.StringIO()
+    table = csv.DictWriter(out, ["model", "kind", "name", "slug", "config", "stale", *METRICS, "verdict", "why", "error"],
+                           lineterminator="\n")
+    table.writeheader()
+    for each in tables:
+        for run in each["found"].runs:
+            said = each["said"][id(run)]
+            table.writerow({
+                "model": each["model"], "kind": run.kind, "name": run.name, "slug": run.slug,
+                "config": json.dumps(dict(run.config)), "stale": "yes" if run.stale else "no",
+                **{key: json.dumps(value) for key in METRICS if (value := reading(run, key)) is not None},
+                "verdict": said.word if said else None, "why": said.why if said else None, "error": run.arm.get("error"),
+            })
     return out.getvalue()
 
 

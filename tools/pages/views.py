@@ -280,12 +280,12 @@ def table(site: Site, model: str) -> dict:
     names = {slug: entry.name for slug, entry in site.catalog.entries.items()}
     found = measured(model, site.results, site.baselines.get(model), names, site.hashes)
     keys = [key for key in METRICS if key != "latency_s" and not key.endswith("_spread")
-            and any(_cell(run, key) is not None for run in found.runs)]
+            and any(reading(run, key) is not None for run in found.runs)]
     said = {id(run): verdict(found, run) for run in found.runs}
     return {"model": model, "path": place(model), "found": found,
             "plots": figures(found), "said": said,
             "words": Counter(said[id(run)].word for run in found.of("method") if said[id(run)]),
-            "runs": [(run, [number(_cell(run, key), METRICS[key][1]) for key in keys]) for run in found.runs],
+            "runs": [(run, [number(reading(run, key), METRICS[key][1]) for key in keys]) for run in found.runs],
             "columns": [METRICS[key][0] for key in keys]}
 
 
@@ -294,7 +294,8 @@ def place(model: str) -> str:
     return f"measured/{re.sub('[^a-z0-9]+', '-', model.lower()).strip('-')}.md"
 
 
-def _cell(run: Run, key: str) -> object:
+def reading(run: Run, key: str) -> object:
+    """What a column of METRICS says of a run."""
     return run.bound if key == "mac_bound" else run.arm.get(key)
 
 
