@@ -9,5 +9,10 @@ def make():
     return pipe
 
 
-SITUATION = Situation("Fused projections", "unet", make, lambda pipe, moved, **more: FAMILIES["unet"].run(
-    pipe, steps=6, **more, guidance=3.0 + moved))
+def run(pipe, moved: int, **more):
+    """What moves is the text, of which fused projections make keys and values."""
+    text = FAMILIES["unet"].call(more.get("batch", 1), moved)["prompt_embeds"]
+    return FAMILIES["unet"].run(pipe, steps=6, **more, prompt_embeds=text)
+
+
+SITUATION = Situation("Fused projections", "unet", make, run)
