@@ -13,8 +13,8 @@ from methods._core.site import bare, underneath
 
 
 class _Reached(Exception):
-    def __init__(self, x: Tensor):
-        self.x = x
+    def __init__(self, found: Any):
+        self.found = found
 
 
 @torch.no_grad()
@@ -30,13 +30,8 @@ def modulated_input(denoiser: Denoiser, inputs: dict[str, Any], patched: Iterabl
     def reach(*args, **kwargs):
         raise _Reached(args[0] if args else kwargs["hidden_states"])
 
-    own = {name: dict(value) if isinstance(value, dict) else value for name, value in inputs.items()}     # models pop from them
     with bare(patched), _called(block.module, block.module.forward), _called(block.attn, reach):
-        try:
-            underneath(denoiser.model, **own)
-        except _Reached as reached:
-            return reached.x
-    raise RuntimeError(f"the first block of this {type(denoiser.model).__name__} was not reached")
+        return _until_reached(denoiser, inputs)
 
 
 @torch.no_grad()
@@ -46,22 +41,26 @@ def first_block(denoiser: Denoiser, inputs: dict[str, Any], patched: Iterable[nn
 
     The model runs its own embedders and that block, as if nothing stood around the modules of `patched`, and stops there.
     """
-    block, gave = denoiser.blocks[0], []
-    own = {name: dict(value) if isinstance(value, dict) else value for name, value in inputs.items()}     # models pop from them
+    block = denoiser.blocks[0]
     with bare(patched):
         forward = block.module.forward
 
         def reach(*args, **kwargs):
             before = block.streams(args, kwargs)[0].clone()             # some blocks write into what they are given
             out = forward(*args, **kwargs)
-            gave.append(out)
-            raise _Reached(block.split(out)[0] - before)
+            raise _Reached((block.split(out)[0] - before, out))
 
         with _called(block.module, reach):
-            try:
-                underneath(denoiser.model, **own)
-            except _Reached as reached:
-                return reached.x, gave[0]
+            return _until_reached(denoiser, inputs)
+
+
+def _until_reached(denoiser: Denoiser, inputs: dict[str, Any]) -> Any:
+    """Call the model. -> what was found where it was stopped"""
+    own = {name: dict(value) if isinstance(value, dict) else value for name, value in inputs.items()}     # models pop from them
+    try:
+        underneath(denoiser.model, **own)
+    except _Reached as reached:
+        return reached.found
     raise RuntimeError(f"the first block of this {type(denoiser.model).__name__} was not reached")
 
 

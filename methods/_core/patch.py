@@ -266,13 +266,11 @@ class Patch:
 
     def look(self, context: StepContext) -> Tensor:
         """`modulated_input` of this call, as the model without any patch would have it."""
-        patched = [module for patch in self.run.patches for module, _, function in patch._claims if function is not None]
-        return modulated_input(self.denoiser, context.inputs, patched)
+        return modulated_input(self.denoiser, context.inputs, _patched(self.run.patches))
 
     def run_first(self, context: StepContext) -> tuple[Tensor, Any]:
         """`first_block` of this call, as the model without any patch would have it."""
-        patched = [module for patch in self.run.patches for module, _, function in patch._claims if function is not None]
-        return first_block(self.denoiser, context.inputs, patched)
+        return first_block(self.denoiser, context.inputs, _patched(self.run.patches))
 
     def skips(self, modules: Iterable[nn.Module]) -> None:
         """Say, in `each_call`, that this call of the denoiser will not run the inside of these patched modules."""
@@ -286,8 +284,7 @@ class Patch:
     def unshared(self, module: nn.Module) -> bool:
         """Whether no other patch of the model stands around `module` or within it."""
         parts = set(map(id, module.modules()))
-        return not any(id(part) in parts for patch in self.run.patches if patch is not self
-                       for part, _, function in patch._claims if function is not None)
+        return not any(id(part) in parts for part in _patched(patch for patch in self.run.patches if patch is not self))
 
     @functools.cached_property
     def _holders(self) -> dict[int, set[int]]:
@@ -420,3 +417,8 @@ class Patch:
 
     def __exit__(self, *_) -> None:
         self.remove()
+
+
+def _patched(patches: Iterable[Patch]) -> list[nn.Module]:
+    """The modules in whose place these patches have something called."""
+    return [module for patch in patches for module, _, function in patch._claims if function is not None]
