@@ -4,7 +4,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import bibtexparser
@@ -30,14 +30,12 @@ def as_json(catalog: Catalog) -> str:
 
 
 def as_csv(catalog: Catalog) -> str:
-    out = io.StringIO()
     columns = ["slug", "name", "kind", "since", "summary", "title", "authors", "venue", "year", "arxiv", "doi", "link",
                "code", "licence", "models", *TAG_AXES, "implemented"]
-    table = csv.DictWriter(out, columns, lineterminator="\n")
-    table.writeheader()
+    rows = []
     for slug, entry in catalog.entries.items():
         paper = entry.papers[0]
-        table.writerow({
+        rows.append({
             "slug": slug, "name": entry.name, "kind": entry.kind, "since": entry.since, "summary": entry.summary,
             "title": paper.title, "authors": "; ".join(author.name for author in paper.authors),
             "venue": paper.venue, "year": paper.year, "arxiv": paper.arxiv, "doi": paper.doi, "link": paper.link,
@@ -45,24 +43,29 @@ def as_csv(catalog: Catalog) -> str:
             **{axis: " ".join(getattr(entry.tags, axis)) for axis in TAG_AXES},
             "implemented": "no" if entry.pending else "yes",
         })
-    return out.getvalue()
+    return _csv(columns, rows)
 
 
 def results_csv(tables: Iterable[Mapping[str, Any]]) -> str:
     """One line a measured run, of `views.table`s: plain sampling, fewer steps, methods and packages on every model."""
-    out = io.StringIO()
-    table = csv.DictWriter(out, ["model", "kind", "name", "slug", "config", "stale", *METRICS, "verdict", "why", "error"],
-                           lineterminator="\n")
-    table.writeheader()
-    for each in tables:
-        for run in each["found"].runs:
-            said = each["said"][id(run)]
-            table.writerow({
-                "model": each["model"], "kind": run.kind, "name": run.name, "slug": run.slug,
+    rows = []
+    for table in tables:
+        for run in table["found"].runs:
+            said = table["said"][id(run)]
+            rows.append({
+                "model": table["model"], "kind": run.kind, "name": run.name, "slug": run.slug,
                 "config": json.dumps(dict(run.config)), "stale": "yes" if run.stale else "no",
                 **{key: json.dumps(value) for key in METRICS if (value := reading(run, key)) is not None},
-                "verdict": said.word if said else None, "why": said.why if said else None, "error": run.arm.get("error"),
+                "verdict": said and said.word, "why": said and said.why, "error": run.arm.get("error"),
             })
+    return _csv(["model", "kind", "name", "slug", "config", "stale", *METRICS, "verdict", "why", "error"], rows)
+
+
+def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    out = io.StringIO()
+    table = csv.DictWriter(out, columns, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
     return out.getvalue()
 
 
