@@ -39,6 +39,7 @@ from accel_tools.measure.macs import count_macs
 from methods._core import patch as patch_module
 from methods._core.check import settings
 from methods._core.context import Run
+from methods._core.denoiser import describe
 from methods._core.patch import Patch
 from methods._core.site import Claim
 
@@ -206,6 +207,22 @@ def refusals(put: Callable[[Family], Any]) -> dict[str, str | None]:
     if all(found.values()):
         raise LookupError(f"no family is served: {found}")
     return found
+
+
+def compiled_blocks_agree(case: Case, steps: int) -> list[dict]:
+    """Runs with blocks as they are, and compiled whole, agree. -> what the patch reports of both"""
+    outs, reports = [], []
+    for compiled in (False, True):
+        pipe = case.family.pipe()
+        torch._dynamo.reset()
+        with case.method.apply(pipe, case.config) as patch, torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            for block in describe(Family.model(pipe)).blocks if compiled else ():
+                block.module.compile(fullgraph=True, backend="aot_eager")
+            outs.append(case.family.run(pipe, steps=steps))
+            reports.append(patch.report())
+    torch._dynamo.reset()
+    torch.testing.assert_close(*outs, atol=1e-3, rtol=1e-2)
+    return reports
 
 
 def name(value: Any) -> str:
