@@ -83,6 +83,18 @@ def test_each_rule(toy, edit, file, old, new, expected):
     assert any(expected in text for text in found(toy)), found(toy)
 
 
+def test_results_of_an_entry_that_is_not_sound_are_not_said_to_have_none(toy, edit):
+    results = toy / "catalog/results"
+    results.mkdir(exist_ok=True)
+    (results / "method_2.json").write_text("{}")
+    (results / "lonely.json").write_text("{}")
+    edit(ENTRY, "kind: patch", "kind: pach")
+    texts = found(toy)
+    assert [text for text in texts if "there is no" in text] == [
+        "catalog/results/lonely.json:1: there is no catalog/entries/lonely.yaml"]
+    assert any(text.startswith(ENTRY) and "got 'pach'" in text for text in texts)
+
+
 def test_three_files_belong_together(toy):
     (toy / "methods/method_1.py").unlink()
     (toy / "tests/methods/test_method_2.py").unlink()

@@ -40,7 +40,7 @@ def code_problems(reading: Reading) -> Iterator[Problem]:
             yield from _method_problems(catalog, source, slug, entry, catalog.root / module)
         if test:
             yield from problems_of_test(source, slug, entry and entry.kind, catalog.root / test)
-    yield from _stale_results(catalog, source)
+    yield from _stale_results(reading, source)
 
 
 def _method_problems(catalog: Catalog, source: Source, slug: str, entry: Entry | None, path: Path) -> Iterator[Problem]:
@@ -97,8 +97,8 @@ def _keys(tree: ast.Module, name: str) -> list[str]:
     return [key.value for key in made.keys]
 
 
-def _stale_results(catalog: Catalog, source: Source) -> Iterator[Problem]:
-    code = Code(source)
+def _stale_results(reading: Reading, source: Source) -> Iterator[Problem]:
+    catalog, code = reading.catalog, Code(source)
     for path in sorted((catalog.root / "catalog/results").glob("*.json")):
         file = path.relative_to(catalog.root).as_posix()
         try:
@@ -106,8 +106,9 @@ def _stale_results(catalog: Catalog, source: Source) -> Iterator[Problem]:
         except (ValueError, RecursionError) as error:
             yield Problem(file, 1, f"is no JSON: {error}")
             continue
-        if path.stem not in catalog.entries:
+        if path.stem not in reading.slugs:
             yield Problem(file, 1, f"there is no {entry_file(path.stem)}")
+        if path.stem not in catalog.entries:                                    # or there is one that is not sound
             continue
         try:
             now = code.hash(path.stem)
