@@ -46,7 +46,7 @@ check: $(TESTS) build/types   ## catalogue, generated files, style, types: all t
 	@failed=0; for command in "python tools/check_catalog.py" "ruff check ." mypy; do $(BIN)/$$command || failed=1; done; \
 	exit $$failed
 
-lists: $(TOOLS)          ## README summary and the two lists
+lists: $(TOOLS)          ## README summary and the three lists
 	$(BIN)/python tools/render_readme.py
 
 site: $(TOOLS)

@@ -1,8 +1,8 @@
-"""Renders the lists from the catalogue: README.md (between its markers), TOKEN-WISE.md, TRAINING-FREE.md, the schema.
+"""Renders the lists from the catalogue: README.md (between its markers), TOKEN-WISE.md, TRAINING-FREE.md, SINCE.md, the schema.
 
     python tools/render_readme.py                     # write what has changed
     python tools/render_readme.py --check             # write nothing; exit 1 and show a diff if a file is stale
-    python tools/render_readme.py --as-seed DIR       # both lists as their sources printed them, errata undone
+    python tools/render_readme.py --as-seed DIR       # the two that have a source, as it printed them, errata undone
     python tools/render_readme.py --list token-wise   # this list only
 
 Nothing is written while the catalogue has an error.
@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         if unknown := set(names) - catalog.lists.keys():
             parser.error(f"no list {unknown.pop()!r}; there are {', '.join(catalog.lists)}")
         if args.as_seed:
-            files, root = {catalog.lists[n].file: render_list(catalog, n, as_seed=True) for n in names}, args.as_seed
+            files = {spec.file: render_list(catalog, name, as_seed=True)
+                     for name, spec in catalog.lists.items() if name in names and not spec.unlisted}
+            root = args.as_seed
         elif args.list:
             files, root = {catalog.lists[args.list].file: render_list(catalog, args.list)}, args.root
         else:

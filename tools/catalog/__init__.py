@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from accel_tools.catalog.entries import ROOT, Catalog, CatalogError, allowed
+from accel_tools.catalog.entries import ROOT, Catalog, CatalogError, allowed, with_unlisted
 from accel_tools.catalog.rules import problems_of, slug_problem
 from accel_tools.catalog.schema import UNFILLED, Entry, ListSpec, Strict, Vocab
 from accel_tools.catalog.yaml_lines import Problem, line_of, parse
@@ -78,6 +78,7 @@ def read(root: Path = ROOT) -> Reading:
 
     vocab, _ = read_file(root / "catalog/vocab.yaml", Vocab)
     lists = {path.stem: read_file(path, ListSpec)[0] for path in sorted((root / "catalog/lists").glob("*.yaml"))}
+    lists = dict(sorted(lists.items(), key=lambda item: bool(item[1] and item[1].unlisted)))      # those of a source first
     entries, drafts, slugs = {}, {}, set()
     for path in sorted((root / "catalog/entries").glob("*")):
         file = path.relative_to(root).as_posix()
@@ -95,7 +96,7 @@ def read(root: Path = ROOT) -> Reading:
         entry._slug = slug
     catalog = None
     if vocab and all(lists.values()):
-        catalog = Catalog(root, vocab, lists, entries, lines)
+        catalog = Catalog(root, vocab, lists, with_unlisted(vocab, lists, entries), lines)
         problems.extend(problems_of(catalog, slugs, complete=not problems))
     return Reading(catalog, sorted(problems), slugs, drafts)
 

@@ -66,6 +66,8 @@ def problems_of(catalog: Catalog, slugs: set[str], complete: bool) -> Iterator[P
             line, spot = at("rows", i), (row.place, row.rank)
             if row.place not in sections:
                 yield Problem(file, line, f"rows.{i}.in: no such section; {allowed(row.place, sorted(sections))}")
+            elif catalog.lists[row.place.split("/")[0]].unlisted and ("rows", i) in catalog.lines.get(file, {}):
+                yield Problem(file, line, f"rows.{i}.in: {row.place} takes what has no row by itself; leave this one out")
             elif spot in places:
                 other, row_line = places[spot]
                 yield Problem(file, line, f"rows.{i}: {row.place} already has number {row.rank} at {other}:{row_line}")
@@ -83,6 +85,8 @@ def problems_of(catalog: Catalog, slugs: set[str], complete: bool) -> Iterator[P
             if (mark := (erratum.place, erratum.row, erratum.field)) in told:
                 yield Problem(file, at("errata", i), f"errata.{i}: {erratum.field} of this row is corrected twice")
             told.add(mark)
+        if not entry.rows and (homes := [name for name, spec in catalog.lists.items() if spec.unlisted]):
+            yield Problem(file, at("since"), f"no section of {' or '.join(homes)} takes this entry, which has no row")
     if complete:
         yield from _gaps(catalog, places)
 
@@ -109,6 +113,13 @@ def _vocabulary_rules(catalog: Catalog) -> Iterator[Problem]:
                 yield Problem(file, line, f"{name}.{term}: needs a badge text")
             if name == "kind" and not facts.verb:
                 yield Problem(file, line, f"{name}.{term}: needs a verb")
+    for name, spec in catalog.lists.items():
+        for i, section in enumerate(spec.sections):
+            for j, term in enumerate(section.mechanism):
+                if term not in vocab.mechanism.terms:
+                    where = f"catalog/lists/{name}.yaml"
+                    yield Problem(where, line_of(catalog.lines[where], ("sections", i, "mechanism", j)),
+                                  f"sections.{i}.mechanism: {allowed(term, list(vocab.mechanism.terms))}")
     if set(vocab.kind.terms) != set(get_args(Kind)):
         yield Problem(file, 1, f"kind: terms must be {', '.join(get_args(Kind))}")
     for slug, entry in catalog.entries.items():

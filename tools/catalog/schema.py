@@ -283,6 +283,8 @@ class Section(Strict):
     id: Term
     source_rows: Annotated[int, Field(ge=0)] = 0      # how many rows its source has; those behind them are our own
     text: str                         # Markdown above the first row: heading and intro
+    since: Since | None = None        # of an unlisted list: takes only what was public from then on
+    mechanism: list[Term] = []        # of an unlisted list: takes only these, or what they are parents of
 
 
 class TextErratum(Strict):
@@ -298,6 +300,8 @@ class ListSpec(Strict):
     file: _word(r"[A-Z-]+\.md", "a Markdown file name in capitals")
     axes: list[Literal[TAG_AXES]]
     link: Literal["abs", "pdf"]       # form of arXiv links
+    # without a source: holds every entry that has no row of its own, in the first section that takes it, newest first
+    unlisted: Flag = False
     header: str
     sections: Annotated[list[Section], Field(min_length=1)]
     errata: list[TextErratum] = []

@@ -138,6 +138,8 @@ def errata(catalog: Catalog) -> list[dict]:
     """All corrections of the source lists: list -> its rows in order, then those of its other text."""
     found = []
     for name, spec in catalog.lists.items():
+        if spec.unlisted:
+            continue
         order = {f"{name}/{section.id}": i for i, section in enumerate(spec.sections)}
         rows = [(entry, erratum) for entry in catalog.entries.values() for erratum in entry.errata
                 if erratum.place in order]
