@@ -302,6 +302,7 @@ class ListSpec(Strict):
     link: Literal["abs", "pdf"]       # form of arXiv links
     # without a source: holds every entry that has no row of its own, in the first section that takes it, newest first
     unlisted: Flag = False
+    reviewed: Since | None = None     # of an unlisted list: when the field was last gone through for what it lacks
     header: str
     sections: Annotated[list[Section], Field(min_length=1)]
     errata: list[TextErratum] = []
