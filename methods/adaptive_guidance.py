@@ -64,6 +64,7 @@ class Config:
 
 OFF = Config(threshold=None)
 TINY = Config(threshold=-1.0)             # predictions of random weights need not come closer
+TUNE = ({"threshold": 0.999}, {"threshold": 0.991}, {"threshold": 0.97}, {"threshold": 0.9})
 
 
 def similarity(cond: Tensor, null: Tensor) -> Tensor:

@@ -86,6 +86,7 @@ class Config:
 
 OFF = Config(keep=1.0)
 TINY = Config(warmup=2)
+TUNE = ({"keep": 0.7}, {"keep": 0.5}, {"keep": 0.3})
 
 
 def features(noise: Tensor, height: int, width: int, weight: float) -> Tensor:

@@ -58,6 +58,7 @@ class Config:
 
 
 OFF = Config(interval=1)
+TUNE = ({"interval": 2}, {"interval": 3}, {"interval": 5})
 
 
 def uniform_steps(steps: int, interval: int) -> list[int]:

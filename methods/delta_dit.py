@@ -62,6 +62,7 @@ class Config:
 
 OFF = Config(interval=1)
 TINY = Config(share=0.5, switch=2)                # the runs of the tests are shorter than the default stage
+TUNE = ({"share": 0.5}, {"share": 0.75}, {"share": 0.75, "interval": 3})
 
 
 def stage(i: int, steps: int | None, config: Config) -> tuple[bool, int]:

@@ -69,6 +69,7 @@ class Config:
 
 
 OFF = Config(interval=1)
+TUNE = ({"interval": 2}, {"interval": 3}, {"interval": 4})
 
 
 def kinds(steps: int, interval: int, schedule: str, adaptive: bool = False) -> str:

@@ -57,6 +57,7 @@ class Config:
 
 OFF = Config(threshold=0.0)
 TINY = Config(threshold=1.4)      # random weights change more from step to step
+TUNE = ({"threshold": 0.05}, {"threshold": 0.1}, {"threshold": 0.2}, {"threshold": 0.3})
 
 
 @per_denoiser

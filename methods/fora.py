@@ -51,6 +51,7 @@ class Config:
 
 
 OFF = Config(interval=1)
+TUNE = ({"interval": 2}, {"interval": 3}, {"interval": 4}, {"interval": 6})
 
 
 def computes(i: int, steps: int, interval: int, count_from: str = "end") -> bool:

@@ -74,6 +74,7 @@ class Config:
 
 
 OFF = Config(spatial=1, temporal=1, cross=1)
+TUNE = ({}, {"spatial": 4})
 
 
 def ranges(block: Block, config: Config) -> Iterator[tuple[nn.Module, int]]:

@@ -63,6 +63,7 @@ class Config:
 
 
 OFF = Config(k=0)
+TUNE = ({"k": 1}, {"k": 2}, {"k": 3})
 
 
 class Jump(NamedTuple):

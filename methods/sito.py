@@ -78,6 +78,7 @@ class Config:
 
 
 OFF = Config(ratio=0.0)
+TUNE = ({"ratio": 0.25}, {"ratio": 0.5}, {"ratio": 0.75})
 
 
 def base_tokens(score: Tensor, grid: tuple[int, int, int], stride: int) -> Tensor:

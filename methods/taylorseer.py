@@ -58,6 +58,7 @@ class Config:
 
 
 OFF = Config(interval=1)
+TUNE = tuple({"interval": interval, "first_enhance": 2} for interval in (2, 3, 4, 6))
 
 
 def is_full(i: int, last: int | None, config: Config) -> bool:

@@ -63,6 +63,7 @@ class Config:
 
 OFF = Config(threshold=0.0)
 TINY = Config(threshold=1.2, coefficients=(1.0, 0.0))       # random weights change more from step to step
+TUNE = ({"threshold": 0.05}, {"threshold": 0.1}, {"threshold": 0.2}, {"threshold": 0.3}, {"threshold": 0.5})
 
 
 def accumulate(total: float, change: float, coefficients: tuple[float, ...], threshold: float) -> tuple[bool, float]:

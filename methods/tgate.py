@@ -57,6 +57,7 @@ class Config:
 
 OFF = Config(gate=None)
 TINY = Config(gate=3)                                     # the runs of the tests are shorter than the default gate
+TUNE = ({"gate": 15}, {"gate": 10}, {"gate": 5})
 
 
 def mean_of_halves(x: Tensor, rows: Rows) -> Tensor:

@@ -68,6 +68,7 @@ class Config:
 
 
 OFF = Config(ratio=0.0)
+TUNE = ({"ratio": 0.25}, {"ratio": 0.5}, {"ratio": 0.75})
 
 
 def mlerp(plan: Plan, x: Tensor) -> Tensor:

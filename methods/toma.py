@@ -90,6 +90,7 @@ class Config:
 
 
 OFF = Config(ratio=0.0)
+TUNE = ({"ratio": 0.25}, {"ratio": 0.5}, {"ratio": 0.75})
 
 
 def regions(frames: int, height: int, width: int, region: str, side: int) -> Tensor:

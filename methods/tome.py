@@ -65,6 +65,7 @@ class Config:
 
 
 OFF = Config(ratio=0.0)
+TUNE = ({"ratio": 0.25}, {"ratio": 0.5}, {"ratio": 0.75})
 
 
 class Matching:

@@ -82,6 +82,7 @@ class Config:
 
 
 OFF = Config(ratio=0.0)
+TUNE = ({"ratio": 0.25}, {"ratio": 0.5}, {"ratio": 0.75})
 
 
 def weight(layer: int, alpha: float, beta: float, gamma: int) -> float:

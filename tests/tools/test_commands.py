@@ -14,7 +14,8 @@ def run(*command, cwd=ROOT):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tool", ["check_catalog", "render_readme", "new_entry", "new_family", "export", "render_site"])
+@pytest.mark.parametrize("tool", ["check_catalog", "render_readme", "new_entry", "new_family", "tune_pipe", "export",
+                                  "render_site"])
 def test_they_run_as_scripts_and_as_modules(tool):
     for command in ([f"tools/{tool}.py"], ["-m", f"accel_tools.{tool}"]):
         done = run(*command, "--help")

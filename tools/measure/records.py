@@ -26,7 +26,7 @@ from accel_tools.zoo.machine import hardware
 
 code_hash_of = cache(code_hash)          # once a process: the code that runs is the code that was imported
 MATTER = ("methods", "kernels", "tools", "catalog", "pyproject.toml", "constraints.txt")
-WRITTEN = (":!catalog/results", ":!catalog/baselines", ":!catalog/plans.json")
+WRITTEN = (":!catalog/results", ":!catalog/baselines", ":!catalog/plans.json", ":!catalog/tuned")
 PACKAGES = ("genaccel", "torch", "diffusers", "transformers", "triton", "numpy", "tomesd", "DeepCache", "tgate", "cache-dit")
 
 

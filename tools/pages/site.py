@@ -31,6 +31,7 @@ class Site:
     zoo: dict[str, dict] = field(default_factory=dict)                  # bundled model -> its card
     trained: dict[str, dict] = field(default_factory=dict)              # trained weights of methods -> their card
     baselines: dict[str, dict] = field(default_factory=dict)            # model -> catalog/baselines/<model>.json
+    tuned: dict[str, dict] = field(default_factory=dict)                # model -> catalog/tuned/<model>.json
 
 
 def read(root: Path = ROOT) -> Site:
@@ -64,6 +65,7 @@ def read(root: Path = ROOT) -> Site:
              if path.with_suffix(".safetensors").exists()},
         trained={path.stem: _json(path) for path in sorted((root / "methods/_trained").glob("*.json"))},
         baselines={path.stem: _json(path) for path in sorted((root / "catalog/baselines").glob("*.json"))},
+        tuned={path.stem: _json(path) for path in sorted((root / "catalog/tuned").glob("*.json"))},
     )
 
 
