@@ -7,7 +7,7 @@ it changed little, the others are left out, and what they added then is added ag
 so that it holds all drift since; nothing is summed up, fitted or forced.
 
 Map
-    r = x1 - x of the first block                            methods._core.look.first_block
+    r = x1 - x of the first block                            methods._core.look.first_blocks
     d = mean |r - R| / mean |R|                              methods._core.look.relative_change
     compute where d > threshold, then R = r                  apply
     reuse: what the other blocks added, to x1                methods._core.cache.Delta

@@ -35,22 +35,26 @@ def modulated_input(denoiser: Denoiser, inputs: dict[str, Any], patched: Iterabl
 
 
 @torch.no_grad()
-def first_block(denoiser: Denoiser, inputs: dict[str, Any], patched: Iterable[nn.Module]) -> tuple[Tensor, Any]:
-    """What the first block adds for these inputs to its tokens (B, N, C), of two streams to those of the image, and all that
-    the block gives.
+def first_blocks(denoiser: Denoiser, inputs: dict[str, Any], patched: Iterable[nn.Module], count: int) -> tuple[Tensor, Any]:
+    """What the first `count` blocks add for these inputs to the tokens (B, N, C), of two streams to those of the image, and all
+    that the last of them gives.
 
-    The model runs its own embedders and that block, as if nothing stood around the modules of `patched`, and stops there.
+    The model runs its own embedders and those blocks, as if nothing stood around the modules of `patched`, and stops there.
     """
-    block = denoiser.blocks[0]
+    first, last = denoiser.chain[0], denoiser.chain[count - 1]
+    before: list[Tensor] = []
     with bare(patched):
-        forward = block.module.forward
+        start, forward = first.module.forward, last.module.forward
+
+        def enter(*args, **kwargs):
+            before.append(first.streams(args, kwargs)[0].clone())       # some blocks write into what they are given
+            return start(*args, **kwargs)
 
         def reach(*args, **kwargs):
-            before = block.streams(args, kwargs)[0].clone()             # some blocks write into what they are given
-            out = forward(*args, **kwargs)
-            raise _Reached((block.split(out)[0] - before, out))
+            out = (enter if last is first else forward)(*args, **kwargs)
+            raise _Reached((last.split(out)[0] - before[0], out))
 
-        with _called(block.module, reach):
+        with _called(first.module, enter), _called(last.module, reach):
             return _until_reached(denoiser, inputs)
 
 

@@ -20,7 +20,7 @@ from methods._core.cache import Slot
 from methods._core.context import CACHED, Rewrite, Run, StepContext, Watch, experts, split_target
 from methods._core.denoiser import Block, describe
 from methods._core.families.grids import Unknown
-from methods._core.look import first_block, modulated_input
+from methods._core.look import first_blocks, modulated_input
 from methods._core.site import Claim, attach, conflict, detach
 
 P = ParamSpec("P")
@@ -268,9 +268,9 @@ class Patch:
         """`modulated_input` of this call, as the model without any patch would have it."""
         return modulated_input(self.denoiser, context.inputs, _patched(self.run.patches))
 
-    def run_first(self, context: StepContext) -> tuple[Tensor, Any]:
-        """`first_block` of this call, as the model without any patch would have it."""
-        return first_block(self.denoiser, context.inputs, _patched(self.run.patches))
+    def run_first(self, context: StepContext, count: int = 1) -> tuple[Tensor, Any]:
+        """`first_blocks` of this call, as the model without any patch would have them."""
+        return first_blocks(self.denoiser, context.inputs, _patched(self.run.patches), count)
 
     def skips(self, modules: Iterable[nn.Module]) -> None:
         """Say, in `each_call`, that this call of the denoiser will not run the inside of these patched modules."""
