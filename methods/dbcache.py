@@ -71,7 +71,7 @@ class Config:
 
 
 OFF = Config(threshold=0.0)
-TINY = Config(first=1, threshold=1.4, warmup=1)      # random weights change more from step to step
+TINY = Config(first=1, threshold=1.4, warmup=1, max_running=2)      # random weights change more from step to step
 ELSEWHERE = ({"first": 1},)                          # where eight blocks leave no middle
 TUNE = ({"threshold": 0.05}, {"threshold": 0.1}, {"threshold": 0.15}, {"threshold": 0.25})
 
