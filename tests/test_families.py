@@ -4,14 +4,18 @@ A new row is a file there and a file in tests/families; it is proved here withou
 """
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
+import pkgutil
 from contextlib import contextmanager
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 import yaml
+from diffusers.models import transformers, unets
 from families import FAMILIES, Family
 
 from methods._core.context import experts, split_target
@@ -123,3 +127,16 @@ def test_the_models_time_and_latent_are_the_schedulers(family, monkeypatch):
                 own = x[(slice(len(sample)), *(slice(n) for n in sample.shape[1:]))]
                 torch.testing.assert_close(own.float(), sample.float(), rtol=1e-4, atol=1e-4)
         first = last
+
+
+def test_every_class_of_diffusers_has_a_row_or_a_reason():
+    """Transformers and UNets of the release that is installed; in an older one, those it has."""
+    listed = yaml.safe_load((ROOT / "catalog/classes.yaml").read_text())
+    reasons = [name for each in listed for name in each["classes"]]
+    there = {name for package in (transformers, unets) for module in pkgutil.iter_modules(package.__path__)
+             for name, found in vars(importlib.import_module(f"{package.__name__}.{module.name}")).items()
+             if inspect.isclass(found) and issubclass(found, diffusers.ModelMixin)
+             and found.__module__ == f"{package.__name__}.{module.name}" and not module.name.endswith("_flax")}
+    assert len(reasons) == len(set(reasons)) and not set(reasons) & families().keys()
+    assert there <= families().keys() | set(reasons)
+    assert all(each["reason"].endswith(".") for each in listed)

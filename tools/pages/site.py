@@ -5,6 +5,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
+
 from accel_tools.catalog import ROOT, Catalog, load
 from accel_tools.catalog.code_hash import Code
 from accel_tools.catalog.method_source import ModuleSource, parse
@@ -19,6 +21,7 @@ class Site:
     compatibility: dict[str, dict] | None = None                        # slug -> family -> {works, with, reason}
     surroundings: dict[str, dict] = field(default_factory=dict)         # slug -> situation -> {works, reason}
     pairs: dict[str, dict[str, dict]] = field(default_factory=dict)     # slug -> slug -> family -> True, or the reason why not
+    classes: list[dict] = field(default_factory=list)                   # model classes without a row: {reason, classes}
     plans: dict = field(default_factory=dict)                           # catalog/plans.json
     principles: dict[str, str] = field(default_factory=dict)            # mechanism -> catalog/principles/<mechanism>.md
     methods: dict[str, ModuleSource] = field(default_factory=dict)
@@ -46,12 +49,14 @@ def read(root: Path = ROOT) -> Site:
     results = {path.stem: _json(path) for path in sorted((root / "catalog/results").glob("*.json"))}
     compatibility, pairs, plans, surroundings = (
         root / f"catalog/{name}.json" for name in ("compatibility", "pairs", "plans", "surroundings"))
+    classes = root / "catalog/classes.yaml"
     return Site(
         catalog=catalog,
         results={slug: result for slug, result in results.items() if slug in catalog.entries},
         compatibility=_json(compatibility) if compatibility.exists() else None,
         surroundings=_json(surroundings) if surroundings.exists() else {},
         pairs=_json(pairs) if pairs.exists() else {},
+        classes=yaml.safe_load(classes.read_text(encoding="utf-8")) if classes.exists() else [],
         plans=_json(plans) if plans.exists() else {},
         principles={path.stem: path.read_text(encoding="utf-8") for path in sorted((root / "catalog/principles").glob("*.md"))},
         methods={slug: parse(path.read_text(encoding="utf-8")) for slug, path in modules.items()},
