@@ -34,12 +34,12 @@ test-lowest:             ## test-fast on the oldest versions that pyproject.toml
 	build/lowest/bin/pip install --quiet --disable-pip-version-check --constraint build/lowest.txt --editable '.[tools,test]'
 	build/lowest/bin/python -m pytest -q -n $(WORKERS) -m "not slow"
 
-method: $(TESTS)         ## SLUG=x: start it if it is not there; then check, lists, its rows in both tables, its tests
+method: $(TESTS)         ## SLUG=x: start it if it is not there; then check, lists, its rows in the three tables, its tests
 	@test -n "$(SLUG)" || { echo 'say which: make method SLUG=x, for a new one with ARGS="--name X --kind patch --bibtex x.bib"'; exit 2; }
 	@test -f catalog/entries/$(SLUG).yaml || $(BIN)/python tools/new_entry.py --slug $(SLUG) $(ARGS)
 	$(BIN)/python tools/check_catalog.py --fix
 	! grep -q '^kind: patch' catalog/entries/$(SLUG).yaml || \
-	$(BIN)/python -m pytest -q tests/test_compatibility.py tests/test_pairs.py -k test_table --update --method $(SLUG)
+	$(BIN)/python -m pytest -q tests/test_compatibility.py tests/test_surroundings.py tests/test_pairs.py -k test_table --update --method $(SLUG)
 	$(BIN)/python -m pytest -q -n $(WORKERS) tests/methods/test_$(SLUG).py
 
 check: $(TESTS) build/types   ## catalogue, generated files, style, types: all that is wrong, in one round

@@ -8,6 +8,7 @@ import importlib
 import itertools
 import json
 import os
+import zlib
 from pathlib import Path
 
 import pytest
@@ -65,13 +66,14 @@ def test_table(request):
 
 
 def stacking() -> list[tuple[str, str, str]]:
-    """Each pair that stacks, on an archetype where there is one; `pytest --everything`: on every family on which it does."""
-    found, table = [], json.loads(PAIRS.read_text()) if PAIRS.exists() else {}
+    """One in three pairs that stack, on an archetype where there is one; `pytest --everything`: all pairs on all families."""
+    found, table, everything = [], json.loads(PAIRS.read_text()) if PAIRS.exists() else {}, "EVERYTHING" in os.environ
     for a, rows in table.items():
         for b, row in rows.items():
             families = [family for family, stacks in row.items() if stacks is True]
             some = [family for family in families if family in contract.ARCHETYPES][:1] or families[:1]
-            found += [(a, b, family) for family in (families if "EVERYTHING" in os.environ else some)]
+            chosen = some if zlib.crc32(f"{a} {b}".encode()) % 3 == 0 else []        # the same ones wherever tests run
+            found += [(a, b, family) for family in (families if everything else chosen)]
     return found
 
 
