@@ -10,7 +10,7 @@ LOWEST := import tomllib; needed = tomllib.load(open("pyproject.toml", "rb"))["p
 	print(*(each.split(";")[0].replace(">=", "==") for each in needed if ">=" in each), sep="\n")
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: run test test-fast test-all test-lowest method check lists site report bench clean
+.PHONY: run test test-fast test-all test-lowest method mutate check lists site report bench clean
 
 run: $(TOOLS)            ## check, render, generate, build the site and serve it (SERVE=0: only build)
 	$(BIN)/python tools/check_catalog.py --fix
@@ -41,6 +41,10 @@ method: $(TESTS)         ## SLUG=x: start it if it is not there; then check, lis
 	! grep -q '^kind: patch' catalog/entries/$(SLUG).yaml || \
 	$(BIN)/python -m pytest -q tests/test_compatibility.py tests/test_surroundings.py tests/test_pairs.py -k test_table --update --method $(SLUG)
 	$(BIN)/python -m pytest -q -n $(WORKERS) tests/methods/test_$(SLUG).py
+
+mutate: $(TESTS)         ## METHOD=x: small changes of its code, one after the other, each of which its tests must notice
+	@test -n "$(METHOD)" || { echo 'say which: make mutate METHOD=x'; exit 2; }
+	$(BIN)/python tools/mutate.py --method $(METHOD) $(ARGS)
 
 check: $(TESTS) build/types   ## catalogue, generated files, style, types: all that is wrong, in one round
 	@failed=0; for command in "python tools/check_catalog.py" "ruff check ." mypy; do $(BIN)/$$command || failed=1; done; \

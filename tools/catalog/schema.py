@@ -180,9 +180,16 @@ class Reported(Strict):
     where: Line
 
 
+class Mutants(Strict):
+    """Small changes of the method's code that its tests notice (tools/mutate.py)."""
+    noticed: Annotated[int, Field(ge=0)]
+    of: Annotated[int, Field(ge=1)]
+
+
 class Fidelity(Strict):
     level: Level
     against: Line
+    mutants: Mutants | None = None
     max_abs_diff: Annotated[Number, Field(ge=0)] | None = None
     note: Prose | None = None
 
