@@ -19,7 +19,7 @@ Departures
     Time spans the steps of the run. The official code spans 50 whatever their number: `horizon=50`.
     A second model that takes over in mid-run (Wan 2.2) begins its own history, with its own warm-up.
     All streams that the last block gives are forecast, so its text too where the model reads it. The residual of a ControlNet
-    at the last block is added to the forecast, as to what the block gives. The official code drops it there.
+    behind the last block is added to the forecast, as to what the block gives. In the official code it is part of the feature.
 
 Example
     >>> import methods
