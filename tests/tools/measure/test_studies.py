@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from accel_tools.catalog import load
-from accel_tools.measure import cesdi, dato, records, studies, titok, tome_binding
+from accel_tools.measure import cesdi, dato, records, spectrum, studies, titok, tome_binding
 from accel_tools.measure.arms import offering
 from accel_tools.measure.sweep import work
+from accel_tools.measure.tasks import TASKS
+from methods._core.denoiser import describe
 
 pytestmark = pytest.mark.slow
 
@@ -122,3 +124,22 @@ def test_a_study_stands_beside_the_records_of_its_method(tmp_path):
     records.write("dato", [{"model": "unet", "config": {"alpha": 0.2}, "arms": {}}], tmp_path)
     written = json.loads(path.read_text())
     assert written["study"]["rows"] == [["a", 0.33333]] and len(written["records"]) == 2
+
+
+def test_forecasts_and_reuse_run_the_blocks_in_the_same_steps(monkeypatch, tmp_path):
+    task = TASKS["dit"]
+    pipe, ran = task.load(), {}
+    for name, arm in spectrum.arms(task, 4).items():
+        passes = []
+        layer = describe(pipe.transformer).blocks[0].attn.to_q
+        hook = layer.register_forward_hook(lambda *args, passes=passes: passes.append(1))
+        with arm.applied(pipe):
+            task.sample(pipe, task.steps, task.prompts(1))
+        hook.remove()
+        ran[name] = len(passes)
+    assert set(ran.values()) == {2 + 4} and len(ran) == 6
+    monkeypatch.setattr(spectrum, "INTERVALS", (2, 6))
+    monkeypatch.setattr(spectrum, "bundled", lambda: ["dit"])
+    found = spectrum.study(tmp_path, images=2)
+    near, far = found["rows"]
+    assert near[3] > near[2] and min(near[2:]) > max(far[2:]) and len(found["columns"]) == len(near)
