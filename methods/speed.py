@@ -292,8 +292,8 @@ def apply(pipe: Any, config: Config = Config()) -> Patch:
     if len(config.scales) == 1:
         return patch
     patch.require_pipeline()
-    if grid_class(patch.pipe.scheduler) is not FlowGrid:
-        raise ValueError(f"speed moves along the levels of flow matching, and {type(patch.pipe.scheduler).__name__} has others")
+    if grid_class(patch.pipe.scheduler) is not FlowGrid or patch.pipe.scheduler.config.get("invert_sigmas"):
+        raise ValueError(f"speed needs the falling levels of flow matching; {type(patch.pipe.scheduler).__name__} has others")
     solver = patch.solve(_Solver(patch, config))
     patch.rewrite(solver.substitute, Claim.SOLVER)
     patch.explain(lambda: f"with delta={config.delta} what a smaller grid leaves out matters from the first step on")

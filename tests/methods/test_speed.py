@@ -247,6 +247,10 @@ def test_maps_of_full_size_are_refused():
             speed.apply(FAMILIES[name].pipe(), speed.TINY)
     with pytest.raises(ValueError, match="apply it to the pipeline"):
         speed.apply(FAMILIES["sd3"].pipe().transformer)
+    pipe = FAMILIES["mochi"].pipe()                               # the released one counts from 0 to 1
+    pipe.scheduler = type(pipe.scheduler)(invert_sigmas=True)
+    with pytest.raises(ValueError, match="needs the falling levels of flow matching"):
+        speed.apply(pipe, speed.TINY)
     pipe = FAMILIES["sd3"].pipe()
     with speed.apply(pipe, speed.TINY), pytest.raises(ValueError, match="a ControlNet adds residuals"):
         x = torch.randn(1, 4, 16, 16)
