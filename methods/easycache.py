@@ -41,7 +41,7 @@ from methods._core.context import Rewrite, StepContext, given
 from methods._core.patch import Patch, per_denoiser
 from methods._core.site import Claim
 
-__all__ = ["OFF", "TINY", "TUNE", "Config", "Known", "apply", "expected", "rate", "reused"]
+__all__ = ["ELSEWHERE", "OFF", "TINY", "TUNE", "Config", "Known", "apply", "expected", "rate", "reused"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,8 @@ class Config:
 
 
 OFF = Config(threshold=0.0)
-TINY = Config(threshold=2.6, warmup=2)        # random weights change more from step to step
+TINY = Config(threshold=3.0, warmup=3)        # random weights change more from step to step
+ELSEWHERE = ({"warmup": 2},)                  # where one of two denoisers runs a few of the steps
 TUNE = tuple({"threshold": threshold, "warmup": 4} for threshold in (0.025, 0.05, 0.1, 0.2))
 
 
