@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("patch", "decoder", "module", "training", "compress", "parallel")
-GENERATED = {"README.md", "catalog/compatibility.json", "catalog/pairs.json"}
+GENERATED = {"README.md", "SINCE.md", *(f"catalog/{table}.json" for table in ("compatibility", "pairs", "surroundings"))}
 FACTS = {"summary": '"A toy."', "claims": "[macs]", "models": "[dit]", "application": "[text2image]",
          "training": "[training-free]", "mechanism": "[token-merging]"}
 
