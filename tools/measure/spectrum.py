@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from accel_tools.catalog import load
 from accel_tools.measure.arms import Arm
 from accel_tools.measure.quality import psnr
 from accel_tools.measure.tasks import TASKS, Task, bundled
@@ -16,10 +17,11 @@ IMAGES = 12
 
 
 def arms(task: Task, interval: int) -> dict[str, Arm]:
-    """What is compared: all run the blocks in the same steps."""
+    """What is compared, this method and the one it builds on: all run the blocks in the same steps."""
+    (before,) = load().entries["spectrum"].builds_on
     series = {"interval": interval, "first_enhance": FULL}
     fit = {"window": float(interval), "growth": 0.0, "warmup": FULL}
-    orders = {f"order {order}" if order else "reuse": Arm(task.steps, "taylorseer", {**series, "max_order": order})
+    orders = {f"order {order}" if order else "reuse": Arm(task.steps, before, {**series, "max_order": order})
               for order in range(4)}
     mixed = Arm(task.steps, "spectrum", {**fit, "mix": 0.5})
     return orders | {"Spectrum": Arm(task.steps, "spectrum", fit), "Spectrum, half a line": mixed}
