@@ -23,7 +23,7 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -207,6 +207,19 @@ def refusals(put: Callable[[Family], Any]) -> dict[str, str | None]:
     if all(found.values()):
         raise LookupError(f"no family is served: {found}")
     return found
+
+
+def costs_fall_and_distances_grow(method: ModuleType, configs: Iterable[Any], steps: int = 12) -> list[int]:
+    """Along settings of a cache on the DiT, of which the first leaves nothing out. -> the steps that each computes"""
+    computed, distances = [], []
+    for config in configs:
+        pipe = FAMILIES["dit"].pipe()
+        with method.apply(pipe, config) as patch:
+            distances.append(float((FAMILIES["dit"].run(pipe, steps=steps) - plain("dit", steps=steps)).square().mean()))
+            computed.append(patch.report()["computed"])
+    assert computed == sorted(computed, reverse=True) and computed[0] == steps
+    assert distances == sorted(distances) and distances[0] == 0 < distances[-1]
+    return computed
 
 
 def compiled_blocks_agree(case: Case, steps: int) -> list[dict]:

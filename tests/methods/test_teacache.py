@@ -156,3 +156,8 @@ def test_a_bare_model_is_refused():
 def test_bad_values_are_named():
     with pytest.raises(ValueError, match="threshold=-1.0"):
         teacache.Config(threshold=-1.0)
+
+
+def test_cost_falls_and_distance_grows_along_the_threshold():
+    configs = (teacache.Config(threshold=threshold, coefficients=(1.0, 0.0)) for threshold in (1e-6, 0.5, 1.2, 1e9))
+    assert contract.costs_fall_and_distances_grow(teacache, configs)[-1] == 2
