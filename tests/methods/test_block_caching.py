@@ -86,6 +86,7 @@ class ByHand:
         return (self.branch + x,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, steps, seed, size", [
     ("unet", 3, 0, 0), ("unet", 8, 1, 1), ("unet", 13, 2, 1), ("sdxl", 3, 0, 0), ("sdxl", 8, 1, 1), ("animatediff", 3, 0, 0)])
 def test_whole_runs_equal_a_program_by_hand(name, steps, seed, size):

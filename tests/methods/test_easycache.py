@@ -93,6 +93,7 @@ def by_hand(family, pipe, config, steps):
     return family.run(pipe, steps=steps), ran
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold, warmup", [(0.9, 2), (2.0, 3)])
 @pytest.mark.parametrize("name", SAMPLED)
 def test_whole_runs_are_those_of_a_loop(name, threshold, warmup):

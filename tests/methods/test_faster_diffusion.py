@@ -58,6 +58,7 @@ def watched(pipe):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together, batches", [(15, [4] * 6 + [4 * 4, 4, 4 * 4, 4, 4 * 9, 4, 4 * 9, 4, 4 * 14]),
                                                (1, [4] * 50)])
 def test_the_encoder_runs_nine_times_and_the_decoder_takes_a_span_at_once(together, batches):
@@ -126,6 +127,7 @@ def by_hand(pipe, keys):
     return pipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unet", "sdxl", "dit", "pixart", "latte", "cogvideox", "sd3"])
 def test_whole_runs_equal_a_program_by_hand(name):
     family, setting = FAMILIES[name], dict(steps=9, seed=3, size=FAMILIES[name].sizes[1], batch=2)
