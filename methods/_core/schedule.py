@@ -22,13 +22,14 @@ Changes = dict[tuple[str, int, int], list[float]]        # (part, lag, earlier s
 
 
 def read(schedule: Schedule | Read | str | Path) -> Read:
-    """A schedule, or the JSON file that it is in, so that it can be compared and hashed.
+    """A schedule, or the JSON file that it is in, so that it can be compared and hashed. A word that YAML took for a number is
+    one: it begins with 1.
 
     Raises:
         ValueError: a word is not of 0 and 1, begins with 0, or has a length that another part has no word for.
     """
     given = dict(json.loads(Path(schedule).read_text()) if isinstance(schedule, (str, Path)) else schedule)
-    found = {part: (words,) if isinstance(words, str) else tuple(words) for part, words in given.items()}
+    found = {part: (str(words),) if isinstance(words, (str, int)) else tuple(map(str, words)) for part, words in given.items()}
     lengths = [sorted(map(len, words)) for words in found.values()]
     for part, words in found.items():
         for word in words:

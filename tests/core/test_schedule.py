@@ -13,6 +13,7 @@ def test_a_schedule_is_read_from_words_a_file_or_what_was_read(tmp_path):
     assert found == (("attn", ("110", "10")), ("ff", ("10", "101"))) and read(found) == found and hash(found)
     (tmp_path / "schedule.json").write_text(json.dumps({"attn": "1001"}))
     assert read(tmp_path / "schedule.json") == read(str(tmp_path / "schedule.json")) == (("attn", ("1001",)),)
+    assert read({"attn": 1001, "ff": [1001]}) == read({"attn": "1001", "ff": ["1001"]})             # as YAML reads them
     assert of_length(found, 3, "x") == {"attn": "110", "ff": "101"} and of_length((), 3, "x") == {}
     assert always(read({"attn": "111"})) and always(read({})) and not always(found)
     with pytest.raises(ValueError, match="x: the schedule is for 2, 3 steps, and this run has 4"):
