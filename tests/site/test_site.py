@@ -199,3 +199,19 @@ def test_accessibility(visit, path, scheme):
              for violation in Axe().run(page).response["violations"] for node in violation["nodes"]]
     assert not [(rule, target, why) for rule, target, why in found
                 if not any(rule == allowed and target.startswith(start) for allowed, start in THEME)]
+
+
+def test_the_third_list_is_newest_first_and_says_what_is_here(visit):
+    page = visit("/lists/since-2025/")
+    table = page.locator("table").first
+    ranks = [int(text) for text in table.locator("tbody tr td:first-child").all_inner_texts()]
+    assert ranks == list(range(len(ranks), 0, -1)) and len(ranks) > 10
+    assert {"implemented", "planned"} <= set(table.locator("tbody tr td:last-child").all_inner_texts())
+    expect(page.get_by_text("The field was last gone through for it in 20")).to_be_visible()
+    assert not page.locator("h2", has_text="Other").count()
+
+
+def test_classes_without_a_row_are_listed_with_the_reason(visit):
+    page = visit("/models/")
+    expect(page.get_by_role("heading", name="Model classes without a row")).to_have_count(1)
+    assert page.locator("td code", has_text="QwenImage21Transformer2DModel").count() == 1
