@@ -222,6 +222,22 @@ def costs_fall_and_distances_grow(method: ModuleType, configs: Iterable[Any], st
     return computed
 
 
+def around_the_blocks(case: Case, steps: int, first: int = 0) -> tuple[list[tuple[list, list]], dict]:
+    """What enters block `first` and the tail behind the blocks, in each step, of every call of a step; and the report."""
+    entered, left = [], []
+    pipe = case.family.pipe()
+    denoiser = describe(Family.model(pipe))
+    block = denoiser.blocks[first]
+    with case.method.apply(pipe, case.config) as patch:
+        block.module.register_forward_pre_hook(
+            lambda module, args, kwargs: entered.append(block.streams(args, kwargs)[0]), with_kwargs=True)
+        denoiser.tail.register_forward_pre_hook(lambda module, args: left.append(args[0]))
+        case.family.run(pipe, steps=steps)
+        report = patch.report()
+    calls = len(left) // steps
+    return [(entered[call::calls], left[call::calls]) for call in range(calls)], report
+
+
 def compiled_blocks_agree(case: Case, steps: int) -> list[dict]:
     """Runs with blocks as they are, and compiled whole, agree. -> what the patch reports of both"""
     outs, reports = [], []

@@ -62,22 +62,13 @@ def test_the_other_blocks_run_when_the_first_changed(name, warmup):
 @pytest.mark.parametrize("name", CHAINS)
 def test_the_residual_of_the_others_is_added_to_a_fresh_first_block(name):
     """In every step what enters the tail is x1 of that step, and the same residual behind it; the tail itself runs."""
-    family, first, left = FAMILIES[name], [], []
-    pipe = family.pipe()
-    denoiser = describe(Family.model(pipe))
-    with first_block_cache.apply(pipe, first_block_cache.Config(threshold=1e9)) as patch:
-        second = denoiser.blocks[1]
-        second.module.register_forward_pre_hook(
-            lambda m, args, kwargs: first.append(second.streams(args, kwargs)[0]), with_kwargs=True)
-        denoiser.tail.register_forward_pre_hook(lambda m, args: left.append(args[0]))
-        family.run(pipe, steps=4)
-        report = patch.report()
-    calls = len(left) // 4
+    case = contract.Case(first_block_cache, first_block_cache.Config(threshold=1e9), FAMILIES[name])
+    looks, report = contract.around_the_blocks(case, steps=4, first=1)
+    calls, blocks = len(looks), len(describe(Family.model(case.family.pipe())).chain)
     assert (report["computed"], report["reused"]) == (calls, 3 * calls)
-    assert report["saved"] == pytest.approx(0.75 * (len(denoiser.chain) - 1) / len(denoiser.chain), abs=1e-3)
-    if left[0].shape == first[0].shape:                           # Flux joins its text, Latte lays its tokens out anew
-        for call in range(calls):
-            before, after = first[call::calls], left[call::calls]
+    assert report["saved"] == pytest.approx(0.75 * (blocks - 1) / blocks, abs=1e-3)
+    for before, after in looks:
+        if after[0].shape == before[0].shape:                     # Flux joins its text, Latte lays its tokens out anew
             for step in (1, 2, 3):
                 assert not torch.equal(before[step], before[0])
                 torch.testing.assert_close(after[step] - before[step], after[0] - before[0], atol=1e-4, rtol=1e-4)

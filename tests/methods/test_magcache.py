@@ -99,18 +99,8 @@ def test_a_second_call_of_guidance_has_ratios_of_its_own():
 @pytest.mark.parametrize("name", CHAINS)
 def test_what_is_reused_is_what_the_blocks_added(name):
     """In a step that is left out, what enters the tail differs from what entered the blocks by the residual kept, once."""
-    family, entered, left = FAMILIES[name], [], []
-    pipe = family.pipe()
-    denoiser = describe(Family.model(pipe))
-    first = denoiser.blocks[0]
-    with magcache.apply(pipe, Config(ratios=(1.0,), max_reused=9, warmup=0.0)):
-        first.module.register_forward_pre_hook(
-            lambda m, args, kwargs: entered.append(first.streams(args, kwargs)[0]), with_kwargs=True)
-        denoiser.tail.register_forward_pre_hook(lambda m, args: left.append(args[0]))
-        family.run(pipe, steps=3)
-    calls = len(left) // 3
-    for call in range(calls):
-        before, after = entered[call::calls], left[call::calls]
+    config = Config(ratios=(1.0,), max_reused=9, warmup=0.0)
+    for before, after in contract.around_the_blocks(contract.Case(magcache, config, FAMILIES[name]), steps=3)[0]:
         for step in (1, 2):
             assert not torch.equal(before[step], before[0])
             torch.testing.assert_close(after[step] - before[step], after[0] - before[0], atol=1e-4, rtol=1e-4)

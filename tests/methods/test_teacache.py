@@ -2,10 +2,9 @@ import numpy as np
 import pytest
 import torch
 from contracts import patch as contract
-from families import FAMILIES, Family
+from families import FAMILIES
 
 from methods import pfdiff, teacache
-from methods._core.denoiser import describe
 from methods._core.patch import Patch
 
 CHAINS = ["dit", "pixart", "sd3", "flux", "latte", "cogvideox"]
@@ -81,18 +80,8 @@ def test_blocks_run_when_the_changes_add_up(name, solver):
 @pytest.mark.parametrize("name", CHAINS)
 def test_what_is_reused_is_what_the_blocks_added(name):
     """In a step that is left out, what enters the tail differs from what entered the blocks by the residual kept."""
-    family, entered, left = FAMILIES[name], [], []
-    pipe = family.pipe()
-    denoiser = describe(Family.model(pipe))
-    first = denoiser.blocks[0]
-    with teacache.apply(pipe, teacache.Config(threshold=1e9)):
-        first.module.register_forward_pre_hook(
-            lambda m, args, kwargs: entered.append(first.streams(args, kwargs)[0]), with_kwargs=True)
-        denoiser.tail.register_forward_pre_hook(lambda m, args: left.append(args[0]))
-        family.run(pipe, steps=4)
-    calls = len(left) // 4
-    for call in range(calls):
-        before, after = entered[call::calls], left[call::calls]
+    case = contract.Case(teacache, teacache.Config(threshold=1e9), FAMILIES[name])
+    for before, after in contract.around_the_blocks(case, steps=4)[0]:
         for step in (1, 2):
             torch.testing.assert_close(after[step] - before[step], after[0] - before[0], atol=1e-4, rtol=1e-4)
         assert not torch.allclose(after[3] - before[3], after[0] - before[0], atol=1e-3)
