@@ -82,10 +82,10 @@ def _change(node: ast.AST, what: str) -> None:
         node.value = not node.value
     elif what == "operator":
         node.op = SWAPS[type(node.op)]()
+    elif what == "sign" and isinstance(node.op, ast.Not):
+        node.operand = ast.UnaryOp(ast.Not(), node.operand)
     elif what == "sign":
-        node.op = ast.UAdd() if isinstance(node.op, ast.USub) else ast.Not()
-        if isinstance(node.op, ast.Not):
-            node.operand = ast.UnaryOp(ast.Not(), node.operand)
+        node.op = ast.UAdd()
     elif what == "name":
         node.func.id = NAMES[node.func.id]
     else:
@@ -97,7 +97,6 @@ def noticed(slug: str, changed: ast.Module, tests: str) -> bool:
     """Whether the tests fail in a process of its own, in which the method's module has been replaced."""
     child = os.fork()
     if child == 0:
-        os.setpgid(0, 0)
         signal.alarm(SECONDS)
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
