@@ -59,7 +59,7 @@ def with_unlisted(vocab: Vocab, lists: dict[str, ListSpec], entries: dict[str, E
                     ranks[section.id] += 1
                     rows[slug].append(Row.model_validate({"in": f"{name}/{section.id}", "rank": ranks[section.id]}))
                     break
-    return {slug: entry.model_copy(update={"rows": rows.get(slug) or entry.rows}) for slug, entry in entries.items()}
+    return {slug: entry.model_copy(update={"rows": rows[slug]}) if rows.get(slug) else entry for slug, entry in entries.items()}
 
 
 def _takes(section: Section, entry: Entry, axis: Axis) -> bool:

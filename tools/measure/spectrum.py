@@ -1,6 +1,7 @@
 """Forecasts beside plain reuse at equal compute: from which order, and over which distance, they harm on each bundled model."""
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,18 @@ FULL = 2                                # full steps at the start, of all alike
 IMAGES = 12
 
 
+@cache
+def before() -> str:
+    """The method that this one builds on."""
+    (slug,) = load().entries["spectrum"].builds_on
+    return slug
+
+
 def arms(task: Task, interval: int) -> dict[str, Arm]:
     """What is compared, this method and the one it builds on: all run the blocks in the same steps."""
-    (before,) = load().entries["spectrum"].builds_on
     series = {"interval": interval, "first_enhance": FULL}
     fit = {"window": float(interval), "growth": 0.0, "warmup": FULL}
-    orders = {f"order {order}" if order else "reuse": Arm(task.steps, before, {**series, "max_order": order})
+    orders = {f"order {order}" if order else "reuse": Arm(task.steps, before(), {**series, "max_order": order})
               for order in range(4)}
     mixed = Arm(task.steps, "spectrum", {**fit, "mix": 0.5})
     return orders | {"Spectrum": Arm(task.steps, "spectrum", fit), "Spectrum, half a line": mixed}
