@@ -39,8 +39,9 @@ def picture(tuned: Tuned, path: Path) -> None:
     fewer = sorted((point.speedup, point.psnr) for point in ran if not point.recipe.patches)
     axes.plot(*zip((1.0, max(point.psnr for point in ran) + 3), *fewer, strict=True), "s-", color="black", markersize=4,
               label="fewer steps")
-    axes.plot(*zip(*((point.speedup, point.psnr) for point in ran if point.recipe.patches), strict=True), "o", color="grey",
-              markersize=3, alpha=.5, label="methods")
+    methods = [(point.speedup, point.psnr) for point in ran if point.recipe.patches]
+    axes.plot([speedup for speedup, _ in methods], [psnr for _, psnr in methods], "o", color="grey", markersize=3, alpha=.5,
+              label="methods")
     for point in tuned.frontier:
         if point.recipe.patches:
             axes.annotate(str(point.recipe), (point.speedup, point.psnr), fontsize=7)
@@ -91,9 +92,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("tuned.json"))
     parser.add_argument("--zoo", nargs="+", choices=[name for name in bundled() if TASKS[name].steps], metavar="MODEL")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1 if args.zoo else torch.get_num_threads())
     if not args.zoo and not (args.pipe and args.prompts):
         parser.error("say --pipe and --prompts, or --zoo")
+    if args.zoo and (reason := records.dirty_tree()):
+        parser.error(reason.partition(", or say")[0])
+    if args.zoo:
+        torch.set_num_threads(1)
     try:
         for model in args.zoo or ():
             zoo(model, args.budget, args.method)

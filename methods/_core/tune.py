@@ -169,11 +169,12 @@ def tune(pipe: Any, calls: Sequence[Mapping[str, Any] | str], *, steps: int, bud
         raise ValueError("tune needs two calls or more, since every second one is kept back, and two steps or more")
     arguments = [{"prompt": call} if isinstance(call, str) else dict(call) for call in calls]
     known = {method.__name__.rpartition(".")[2]: method for method in patches()}
-    if unknown := sorted(set(methods or ()) - known.keys()):
+    chosen = set(known if methods is None else methods)
+    if unknown := sorted(chosen - known.keys()):
         raise ValueError(f"no method can be tried by the name of {', '.join(unknown)}")
     plain = Recipe(steps)
-    book = _Book(_Judge(pipe, arguments, plain, seed, distance), journal,
-                 {"model": _name(pipe), "calls": repr(arguments), "steps": steps, "seed": seed}, tell)
+    about = {"model": _name(pipe), "calls": repr(arguments), "steps": steps, "seed": seed, "distance": distance is not None}
+    book = _Book(_Judge(pipe, arguments, plain, seed, distance), journal, about, tell)
     search, kept_back = range(0, len(arguments), 2), range(1, len(arguments), 2)
 
     def within(point: Point) -> bool:
@@ -189,7 +190,7 @@ def tune(pipe: Any, calls: Sequence[Mapping[str, Any] | str], *, steps: int, bud
     curve = [Recipe(fewer) for fewer in dict.fromkeys(max(1, round(share * steps)) for share in SHARES) if fewer < steps]
     points = [book.judge(recipe, search) for recipe in curve]
     for slug, method in known.items():
-        if methods is None or slug in set(methods):
+        if slug in chosen:
             points += _by_itself(slug, method, steps, lambda recipe: book.judge(recipe, search),
                                  lambda point: point.state != "engaged" or promising(point))
 
@@ -239,22 +240,21 @@ class _Judge:
         out = self.pipe(num_inference_steps=recipe.steps, output_type="np",
                         generator=torch.Generator().manual_seed(self.seed + number), **self.calls[number])
         seconds = time.perf_counter() - start                        # arrays on the host: the device has finished
-        return torch.as_tensor(np.asarray(out.frames if hasattr(out, "frames") else out.images)).double(), seconds
+        return torch.as_tensor(np.asarray(out.frames if hasattr(out, "frames") else out.images)), seconds
 
     def __call__(self, recipe: Recipe, numbers: Sequence[int]) -> Point:
         for number in numbers:
             if number not in self.known:
                 self.draw(self.plain, number)                        # the first call of a shape is slower
                 self.known[number] = self.draw(self.plain, number)
-        now = self.draw(self.plain, numbers[0])[1] / self.known[numbers[0]][1]      # how busy the machine is, beside then
-        speedups, psnrs, distances = [], [], []
+        seconds, psnrs, distances = [], [], []
         try:
             with recipe.applied(self.pipe) as applied:
                 for number in numbers:
-                    images, seconds = self.draw(recipe, number)
-                    plain, before = self.known[number]
-                    speedups.append(now * before / seconds)
-                    psnrs.append(float(-10 * (images - plain).square().flatten(1).mean(1).log10().mean()))
+                    images, taken = self.draw(recipe, number)
+                    plain, _ = self.known[number]
+                    seconds.append(taken)
+                    psnrs.append(psnr(images, plain))
                     distances += [self.distance(images, plain)] if self.distance else []
                 silent = {slug: report for slug, report in applied.report().items() if not report.get("saved")}
         except (TypeError, ValueError) as refusal:
@@ -264,8 +264,10 @@ class _Judge:
         if silent:
             reasons = (f"{slug}: {report.get('reason', 'it edits, and leaves nothing out')}" for slug, report in silent.items())
             return Point(recipe, "no gain", why="; ".join(reasons))
+        now = self.draw(self.plain, numbers[0])[1] / self.known[numbers[0]][1]      # how busy the machine is, beside then
+        speedup = median(now * self.known[number][1] / taken for number, taken in zip(numbers, seconds, strict=True))
         distance = float(np.mean(distances)) if distances else None
-        return Point(recipe, "engaged", median(speedups), float(np.mean(psnrs)), distance)
+        return Point(recipe, "engaged", speedup, float(np.mean(psnrs)), distance)
 
 
 class _Book:
@@ -274,8 +276,8 @@ class _Book:
     def __init__(self, measure: _Judge, path: str | Path | None, search: dict[str, Any], tell: Callable[[str], None] | None):
         self.measure, self.path, self.tell = measure, Path(path) if path else None, tell
         self.points: dict[tuple[Recipe, tuple[int, ...]], Point] = {}
-        lines = self.path.read_text().splitlines() if self.path and self.path.exists() else []
-        self.rest = "\n" if lines and not self.path.read_text().endswith("\n") else ""      # behind a line that was cut off
+        text = self.path.read_text() if self.path and self.path.exists() else ""
+        lines, self.rest = text.splitlines(), "\n" if text and not text.endswith("\n") else ""      # behind a line cut off
         if lines and json.loads(lines[0]) != search:
             raise ValueError(f"{path} is the journal of another search: {lines[0]}")
         for line in lines[1:]:
@@ -300,6 +302,13 @@ class _Book:
             if self.tell:
                 self.tell(f"{len(self.points)}: {point}")
         return self.points[key]
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Mean over the batch of the peak signal-to-noise ratio in dB of images (B, ...) in [0, 1]; inf where all are equal. The
+    frames of a clip count as one image."""
+    error = (a.double() - b.double()).square().flatten(1).mean(1)
+    return float((-10 * error.log10()).mean())
 
 
 def _apply(pipe: Any, slug: str, config: Mapping[str, Any]) -> Any:

@@ -93,8 +93,9 @@ def test_a_search_that_was_stopped_goes_on_from_its_journal(clock, tmp_path, mon
     assert not {line.split(": ", 1)[1] for line in told} & {line.split(": ", 1)[1] for line in again}
     monkeypatch.setattr(tuning._Judge, "__call__", None)                # nothing is measured any more
     assert tuned(DIT.pipe(), journal=journal) == found
-    with pytest.raises(ValueError, match="the journal of another search"):
-        tuned(DIT.pipe(), journal=journal, steps=6)
+    for other in ({"steps": 6}, {"distance": lambda images, plain: 0.0}):
+        with pytest.raises(ValueError, match="the journal of another search"):
+            tuned(DIT.pipe(), journal=journal, **other)
 
 
 def test_what_was_found_is_put_on_from_a_file(clock, tmp_path):
@@ -143,3 +144,11 @@ def test_one_call_and_no_pipeline_are_refused():
         methods.tune(DIT.pipe(), CALLS[:1], steps=8, tell=None)
     with pytest.raises(TypeError, match="expected a diffusers pipeline"):
         methods.tune(diffusers.DDIMScheduler(), CALLS, steps=8, tell=None)
+
+
+def test_what_refuses_costs_no_run():
+    pipe, ran = DIT.pipe(), []
+    judge = tuning._Judge(pipe, CALLS, Recipe(2), 0, None)
+    judge(Recipe(1), [0])
+    Family.model(pipe).register_forward_hook(lambda *args: ran.append(1))
+    assert judge(Recipe(2, (("deepcache", "{}"),)), [0]).state == "refuses" and not ran

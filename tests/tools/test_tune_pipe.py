@@ -5,6 +5,8 @@ import pytest
 
 import methods
 from accel_tools import tune_pipe
+from accel_tools.measure import records
+from methods._core.tune import Point, Recipe, Tuned
 
 
 def emoji():
@@ -43,6 +45,21 @@ def test_bad_input_is_named(more, words, prompts, tmp_path, capsys):
     out = tmp_path / "x.json"
     assert tune_pipe.main(["--pipe", f"{__name__}:emoji", "--prompts", str(prompts), "--out", str(out), *more]) == 1
     assert words in capsys.readouterr().err and not out.exists()
+
+
+def test_a_picture_where_no_method_runs(tmp_path):
+    fewer = Point(Recipe(3), "engaged", 2.0, 30.0)
+    refused = Point(Recipe(6, (("fora", "{}"),)), "refuses", why="x")
+    alone = Tuned("Model", Recipe(6), "psnr>=20", fewer, (fewer,), (fewer, refused))
+    tune_pipe.picture(alone, tmp_path / "found.svg")
+    assert "fewer steps" in (tmp_path / "found.svg").read_text()
+
+
+def test_points_of_the_bundled_models_are_written_from_a_committed_tree_only(monkeypatch, capsys):
+    monkeypatch.setattr(records, "changed", lambda root: ["methods/a.py"])
+    with pytest.raises(SystemExit):
+        tune_pipe.main(["--zoo", "dit"])
+    assert "the tree differs from its commit in methods/a.py" in capsys.readouterr().err
 
 
 def test_something_must_be_named(capsys):

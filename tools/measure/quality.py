@@ -16,16 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from accel_tools.zoo import digits
+from methods._core.tune import psnr  # noqa: F401  (the one that recipes are searched by)
 from methods._zoo import FOLDER, card, load_judge
 from methods._zoo.emoji_judge import nearest_clusters
 from methods._zoo.judge import frechet, moments
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Mean over the batch of the peak signal-to-noise ratio in dB of images (B, ..., H, W) in [0, 1]; inf where all are
-    equal. The frames of a clip count as one image."""
-    error = (a.double() - b.double()).square().flatten(1).mean(1)
-    return float((-10 * error.log10()).mean())
 
 
 def ssim(a: Tensor, b: Tensor) -> float:
